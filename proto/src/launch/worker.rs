@@ -1,0 +1,191 @@
+//! The worker's arguments.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use super::{Argv, LogFormat};
+
+/// Where tensors live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceKind {
+    /// Host memory and host cores.
+    Cpu,
+    /// NVIDIA GPUs.
+    Cuda,
+}
+
+/// The number format of weights and activations in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// fp32 on CPU, bf16 on GPU.
+    #[default]
+    Auto,
+    /// 32-bit IEEE floats.
+    Fp32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// Where a request's absent sampling values come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum GenerationDefaults {
+    /// The model's generation_config.json.
+    #[default]
+    Auto,
+    /// Neutral values: temperature 1, nothing filtered.
+    Neutral,
+}
+
+/// Whether finished prefixes stay for later requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PrefixCache {
+    /// Blocks stay until their memory is needed.
+    #[default]
+    On,
+    /// Every prompt is computed whole.
+    Off,
+}
+
+/// What one tensor-parallel group serves, and with which limits.
+#[derive(Args, Clone, Debug, PartialEq)]
+pub struct WorkerArgs {
+    /// Folder of the model: config.json, tokenizer.json, *.safetensors
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Name clients ask for; repeat for aliases, the first is the model's own
+    #[arg(long = "served-name", value_name = "NAME", required = true)]
+    pub served_names: Vec<String>,
+    /// Name of this replica in logs, metrics and the router's choices
+    #[arg(long, value_name = "ID")]
+    pub replica_id: String,
+    /// Where routers connect (gRPC)
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:50061")]
+    pub grpc_listen: SocketAddr,
+    /// Where /metrics, /healthz, /readyz and /state are served (HTTP)
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8061")]
+    pub http_listen: SocketAddr,
+    /// Device of all ranks
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub device: DeviceKind,
+    /// Number format of weights and activations
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: Dtype,
+    /// Ranks of the group; the model's heads must divide by it
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub tensor_parallel: u32,
+    /// Compute threads of all ranks together on the CPU device [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<u32>,
+    /// Longest prompt and output together, in tokens [default: the model's max_position_embeddings]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_model_len: Option<u32>,
+    /// Most sequences in one step
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_running: u32,
+    /// Most requests that wait inside the worker
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub max_waiting: u32,
+    /// Most tokens computed in one step, decode and prefill together
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    pub max_step_tokens: u32,
+    /// Tokens in one block of keys and values
+    #[arg(long, value_name = "TOKENS", default_value_t = 16)]
+    pub block_tokens: u32,
+    /// Memory for keys and values of all ranks together, in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 30)]
+    pub kv_bytes: u64,
+    /// Keep finished prefixes for later requests
+    #[arg(long, value_enum, default_value = "on")]
+    pub prefix_cache: PrefixCache,
+    /// Where absent sampling values come from
+    #[arg(long, value_enum, default_value = "auto")]
+    pub generation_defaults: GenerationDefaults,
+    /// A step that takes longer ends the process, naming rank and step
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub step_timeout_seconds: u32,
+    /// How long running requests may finish after SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub drain_timeout_seconds: u32,
+    /// File that gets the reason of a failed start or a crash
+    #[arg(long, value_name = "FILE")]
+    pub termination_log: Option<PathBuf>,
+    /// Form of log lines
+    #[arg(long, value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+impl WorkerArgs {
+    /// The command line after the program's name; parsing it gives the same value back.
+    pub fn argv(&self) -> Vec<String> {
+        let mut argv = Argv(vec!["serve".into()]);
+        argv.flag("model", self.model.display());
+        argv.each("served-name", &self.served_names);
+        argv.flag("replica-id", &self.replica_id);
+        argv.flag("grpc-listen", self.grpc_listen);
+        argv.flag("http-listen", self.http_listen);
+        argv.choice("device", self.device);
+        argv.choice("dtype", self.dtype);
+        argv.flag("tensor-parallel", self.tensor_parallel);
+        argv.optional("threads", self.threads);
+        argv.optional("max-model-len", self.max_model_len);
+        argv.flag("max-running", self.max_running);
+        argv.flag("max-waiting", self.max_waiting);
+        argv.flag("max-step-tokens", self.max_step_tokens);
+        argv.flag("block-tokens", self.block_tokens);
+        argv.flag("kv-bytes", self.kv_bytes);
+        argv.choice("prefix-cache", self.prefix_cache);
+        argv.choice("generation-defaults", self.generation_defaults);
+        argv.flag("step-timeout-seconds", self.step_timeout_seconds);
+        argv.flag("drain-timeout-seconds", self.drain_timeout_seconds);
+        argv.optional(
+            "termination-log",
+            self.termination_log.as_ref().map(|path| path.display()),
+        );
+        argv.choice("log-format", self.log_format);
+        argv.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    enum Cli {
+        Serve(WorkerArgs),
+    }
+
+    fn parse(argv: Vec<String>) -> WorkerArgs {
+        let Cli::Serve(args) = Cli::parse_from(std::iter::once("swallow-worker".to_string()).chain(argv));
+        args
+    }
+
+    #[test]
+    fn a_rendered_command_line_parses_back() {
+        let minimal = parse(
+            ["serve", "--model=/m", "--served-name=a", "--replica-id=r"]
+                .map(String::from)
+                .to_vec(),
+        );
+        assert_eq!(parse(minimal.argv()), minimal);
+        let full = WorkerArgs {
+            model: "/models/日本 語=x".into(),
+            served_names: vec!["a".into(), "b/c".into()],
+            device: DeviceKind::Cuda,
+            dtype: Dtype::Bf16,
+            tensor_parallel: 4,
+            threads: Some(3),
+            max_model_len: Some(8192),
+            kv_bytes: 1 << 40,
+            prefix_cache: PrefixCache::Off,
+            generation_defaults: GenerationDefaults::Neutral,
+            termination_log: Some("/dev/termination-log".into()),
+            log_format: LogFormat::Json,
+            ..minimal
+        };
+        assert_eq!(parse(full.argv()), full);
+    }
+}
