@@ -1,0 +1,107 @@
+//! The files that turn text into tokens and back, which the worker hands out by digest and never interprets.
+//!
+//! A router holds no model folder: it asks for these by the sha256 of their bytes, so equal files of many replicas
+//! are fetched once. They are read whole at start, so that a later change on disk cannot make replicas differ from
+//! what they announced.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use bytes::Bytes;
+use sha2::{Digest, Sha256};
+
+use super::{error::CheckpointError, json::read_bounded};
+
+/// One file as it was at start.
+#[derive(Clone, Debug)]
+pub struct TextFile {
+    /// Its name in the model folder.
+    pub name: &'static str,
+    /// sha256 of its bytes in lower-case hexadecimal.
+    pub digest: String,
+    /// Its content.
+    pub bytes: Bytes,
+}
+
+/// The text-side files of a model folder.
+#[derive(Clone, Debug)]
+pub struct TextFiles {
+    dir: PathBuf,
+    files: Vec<TextFile>,
+}
+
+const NEEDED: [&str; 2] = ["config.json", "tokenizer.json"];
+const OPTIONAL: [&str; 4] = [
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+];
+const TOKENIZER_BYTES: u64 = 128 << 20; // Llama 3's has 17 MB
+const OTHER_BYTES: u64 = 8 << 20;
+
+impl TextFiles {
+    /// Reads all of them from `dir`. `config.json` and `tokenizer.json` must be there; the others may be absent.
+    pub fn read(dir: &Path) -> Result<TextFiles, CheckpointError> {
+        let mut files = Vec::with_capacity(NEEDED.len() + OPTIONAL.len());
+        for name in NEEDED {
+            files.push(read_one(dir, name)?);
+        }
+        for name in OPTIONAL {
+            match read_one(dir, name) {
+                Ok(file) => files.push(file),
+                Err(CheckpointError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(TextFiles {
+            dir: dir.to_owned(),
+            files,
+        })
+    }
+
+    /// All that are present.
+    pub fn files(&self) -> &[TextFile] {
+        &self.files
+    }
+
+    /// The file of that name, if present.
+    pub fn get(&self, name: &str) -> Option<&TextFile> {
+        self.files.iter().find(|file| file.name == name)
+    }
+
+    /// The file whose bytes have that sha256.
+    pub fn by_digest(&self, digest: &str) -> Option<&TextFile> {
+        self.files.iter().find(|file| file.digest == digest)
+    }
+
+    /// The file's path, for messages.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
+
+fn read_one(dir: &Path, name: &'static str) -> Result<TextFile, CheckpointError> {
+    let (limit, advice) = match name {
+        "tokenizer.json" => (
+            TOKENIZER_BYTES,
+            "clients send text, so the model's folder must hold the tokenizer.json of its fast tokenizer",
+        ),
+        _ => (
+            OTHER_BYTES,
+            "the model's folder must be readable and in the Hugging Face layout",
+        ),
+    };
+    let bytes = read_bounded(&dir.join(name), limit, advice)?;
+    let digest = Sha256::digest(&bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Ok(TextFile {
+        name,
+        digest,
+        bytes: bytes.into(),
+    })
+}

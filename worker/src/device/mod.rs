@@ -1,0 +1,231 @@
+//! What a forward pass needs of a machine: seven operations, each over all rows of a step.
+//!
+//! The grain is that of fused GPU kernels, so that one trait serves a CPU today and a GPU with captured graphs later:
+//! buffers are opaque and allocated once, a step's metadata is uploaded once, nothing returns to the host but sampled
+//! tokens and asked-for scores. An implementation belongs to one rank of a tensor-parallel group and exchanges data
+//! with the other ranks inside the operations that say so; ranks call them in the same order.
+//!
+//! Two promises bind every implementation. A row's result does not depend on which other rows share the step, nor on
+//! where a prompt is cut into chunks. And after each exchange all ranks hold the same bits.
+
+pub mod cpu;
+mod step;
+
+use std::{ops::Range, sync::Arc};
+
+pub use step::{BadStep, HeadAsk, HeadOut, HeadUse, RowToken, StepMeta, StepShape, WorkMeta};
+
+/// Heads of one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub n_q: usize,
+    /// Heads of keys and values; divides `n_q`.
+    pub n_kv: usize,
+    /// Numbers in one head; even.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Numbers in a row of queries, then keys, then values.
+    pub fn qkv_width(&self) -> usize {
+        (self.n_q + 2 * self.n_kv) * self.dim
+    }
+}
+
+/// The pool of keys and values of one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers of the model.
+    pub n_layers: usize,
+    /// Blocks in the pool.
+    pub n_blocks: usize,
+    /// Tokens in one block.
+    pub block_tokens: usize,
+    /// Heads of this rank.
+    pub heads: Heads,
+}
+
+/// How the ranks divide a vocabulary: rank `r` holds tokens `bounds[r]..bounds[r + 1]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VocabSplit {
+    bounds: Vec<usize>,
+}
+
+impl VocabSplit {
+    /// As even as any vocabulary size allows; shards differ by one token at most.
+    pub fn new(n_vocab: usize, n_ranks: usize) -> Self {
+        Self {
+            bounds: (0..=n_ranks).map(|rank| n_vocab * rank / n_ranks).collect(),
+        }
+    }
+
+    /// Tokens of one rank.
+    pub fn range(&self, rank: usize) -> Range<usize> {
+        self.bounds[rank]..self.bounds[rank + 1]
+    }
+
+    /// The rank that holds `token`.
+    pub fn owner(&self, token: usize) -> usize {
+        self.bounds.partition_point(|&bound| bound <= token) - 1
+    }
+
+    /// All tokens.
+    pub fn n_vocab(&self) -> usize {
+        self.bounds[self.bounds.len() - 1]
+    }
+
+    /// Tokens of the largest shard.
+    pub fn widest(&self) -> usize {
+        self.bounds.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
+    }
+}
+
+/// A root-mean-square norm: its weights and its epsilon.
+pub struct Norm<V> {
+    /// One weight a column.
+    pub weight: V,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// Why a step could not be finished on a rank.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// The exchange was closed under this rank; the cause is elsewhere.
+    #[error("another rank failed")]
+    Interrupted,
+    /// Ranks that must agree do not.
+    #[error("its residual stream differs from rank {0}'s")]
+    Diverged(usize),
+    /// The model computed something that is not a number.
+    #[error("the logits of sequence {seq} at position {position} are not finite numbers")]
+    NotFinite {
+        /// Whose.
+        seq: u64,
+        /// Of the row in its sequence.
+        position: u32,
+    },
+    /// Memory ran out while buffers were made.
+    #[error("{bytes} bytes for {what} could not be allocated; lower the memory for keys and values")]
+    OutOfMemory {
+        /// Of the refused allocation.
+        bytes: usize,
+        /// What it was for.
+        what: &'static str,
+    },
+}
+
+/// One rank's machine.
+///
+/// Widths and row counts must fit the buffers; implementations assert it. `Rows` have room for the largest step.
+pub trait Device {
+    /// A weight matrix `[outs, ins]` of a linear map, or an embedding table; laid out as the device likes.
+    type Matrix;
+    /// A vector of weights.
+    type Vector;
+    /// Activations: one row of fixed width for each row of a step.
+    type Rows;
+    /// Keys and values of all layers: one allocation for the life of the device.
+    type Kv;
+    /// A step's metadata, uploaded.
+    type Step;
+
+    /// An all-zero matrix to be filled.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn matrix(&mut self, outs: usize, ins: usize) -> Result<Self::Matrix, DeviceError>;
+
+    /// Sets outputs `first_out..` to `values`, row-major `[n, ins]`.
+    fn fill(&mut self, matrix: &mut Self::Matrix, first_out: usize, values: &[f32]);
+
+    /// A vector with these values.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn vector(&mut self, values: &[f32]) -> Result<Self::Vector, DeviceError>;
+
+    /// Activations of this width, for the largest step.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn rows(&mut self, width: usize) -> Result<Self::Rows, DeviceError>;
+
+    /// The pool of keys and values.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn kv(&mut self, shape: KvShape) -> Result<Self::Kv, DeviceError>;
+
+    /// Uploads a step: once, for all layers. `inv_freq` holds the `half` rotary frequencies of a head.
+    fn begin(&mut self, meta: Arc<StepMeta>, inv_freq: &Self::Vector, half: usize) -> Self::Step;
+
+    /// Exchange. `residual` becomes the rows' embeddings, `normed` their norm. `table` holds this rank's tokens.
+    ///
+    /// # Errors
+    /// If another rank failed.
+    fn embed_norm(
+        &mut self,
+        step: &Self::Step,
+        table: &Self::Matrix,
+        split: &VocabSplit,
+        norm: &Norm<Self::Vector>,
+        residual: &mut Self::Rows,
+        normed: &mut Self::Rows,
+    ) -> Result<(), DeviceError>;
+
+    /// `out = x · wᵀ`, one matrix product over all rows of the step.
+    fn linear(&mut self, step: &Self::Step, x: &Self::Rows, w: &Self::Matrix, out: &mut Self::Rows);
+
+    /// Rotates queries (in place) and keys, and writes keys and values to the rows' places in the pool.
+    fn rope_write(
+        &mut self,
+        step: &Self::Step,
+        layer: usize,
+        heads: Heads,
+        qkv: &mut Self::Rows,
+        kv: &mut Self::Kv,
+    );
+
+    /// Causal attention of every row over the blocks of its sequence; `out` is `[rows, n_q * dim]`.
+    fn attention(
+        &mut self,
+        step: &Self::Step,
+        layer: usize,
+        heads: Heads,
+        qkv: &Self::Rows,
+        kv: &Self::Kv,
+        out: &mut Self::Rows,
+    );
+
+    /// `out = silu(gate) * up`; `gate_up` holds both side by side.
+    fn silu_mul(&mut self, step: &Self::Step, gate_up: &Self::Rows, out: &mut Self::Rows);
+
+    /// Exchange. `residual +=` the sum over ranks of `partial`, in rank order; `normed` becomes its norm.
+    ///
+    /// # Errors
+    /// If another rank failed.
+    fn reduce_add_norm(
+        &mut self,
+        step: &Self::Step,
+        partial: &Self::Rows,
+        norm: &Norm<Self::Vector>,
+        residual: &mut Self::Rows,
+        normed: &mut Self::Rows,
+    ) -> Result<(), DeviceError>;
+
+    /// Exchange. Logits of the asked rows alone, from the vocabulary-sharded head; samples and scores them, and keeps
+    /// each slot's sampled token for the next step. Also checks that all ranks agree on the residual stream. Returns
+    /// what this rank computed: each ask is answered by exactly one rank.
+    ///
+    /// # Errors
+    /// If another rank failed, ranks disagree, or logits are not finite.
+    fn head_sample(
+        &mut self,
+        step: &Self::Step,
+        normed: &Self::Rows,
+        head: &Self::Matrix,
+        split: &VocabSplit,
+    ) -> Result<Vec<HeadOut>, DeviceError>;
+}

@@ -1,0 +1,457 @@
+//! A tensor-parallel group: ranks as threads of this process, run in lockstep, one step at a time.
+//!
+//! Each rank loads its own slices and keeps its own part of the keys and values; steps reach all ranks alike. The group
+//! lives and dies as one: after a panic, a stall, or ranks that disagree, it names rank and step and never runs again.
+
+mod error;
+mod rank;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{self, Receiver, Sender},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+pub use error::{Cause, GroupError};
+use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
+
+use crate::{
+    checkpoint::Checkpoint,
+    device::{HeadOut, HeadUse, StepMeta, StepShape, cpu::Exchange},
+    model::{Shard, Slice},
+    sampling::{Sampler, SamplingParams, TokenScore},
+};
+use rank::{Answer, Done, Job, Member};
+
+/// Rows of the warm-up step.
+const WARM_UP_ROWS: usize = 8;
+
+/// How a group is made.
+#[derive(Clone, Debug)]
+pub struct GroupSpec {
+    /// Ranks.
+    pub tensor_parallel: usize,
+    /// Threads of all ranks together; each rank has at least one.
+    pub threads: usize,
+    /// Tokens in one block.
+    pub block_tokens: usize,
+    /// Blocks in the pool; every rank holds its heads of each.
+    pub n_blocks: usize,
+    /// Slots.
+    pub max_running: usize,
+    /// Rows of the largest step.
+    pub max_step_tokens: usize,
+    /// Longest sequence.
+    pub max_model_len: usize,
+    /// A step that takes longer has stalled.
+    pub step_timeout: Duration,
+    /// Test instrument, on no command line: a rank that misbehaves.
+    pub fault: Option<Fault>,
+}
+
+/// Test instrument: what goes wrong, where, and in which step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Who.
+    pub rank: usize,
+    /// When.
+    pub step: u64,
+    /// What.
+    pub kind: FaultKind,
+}
+
+/// Ways to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// The rank's thread panics.
+    Panic,
+    /// The rank does nothing until the group is gone.
+    Stall,
+    /// The rank's residual stream is changed.
+    Diverge,
+}
+
+/// How far loading is, for whoever watches from another thread.
+#[derive(Debug, Default)]
+pub struct LoadProgress {
+    /// Bytes of the checkpoint's files that the ranks read in all; what several ranks read counts for each.
+    pub bytes_total: AtomicU64,
+    /// Bytes read so far.
+    pub bytes_done: AtomicU64,
+}
+
+/// Bytes that were allocated, not planned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RankMemory {
+    /// Weights, in the device's layout.
+    pub weights_bytes: u64,
+    /// Keys and values.
+    pub kv_bytes: u64,
+    /// Activations, scratch and exchange.
+    pub workspace_bytes: u64,
+}
+
+/// Memory of a group.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MemoryReport {
+    /// By rank.
+    pub ranks: Vec<RankMemory>,
+    /// All ranks together.
+    pub total: RankMemory,
+}
+
+/// A generated token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// Whose.
+    pub seq: SeqId,
+    /// Which.
+    pub token: u32,
+    /// If log-probabilities were asked for.
+    pub score: Option<TokenScore>,
+}
+
+/// Scores of consecutive prompt tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptScores {
+    /// Whose.
+    pub seq: SeqId,
+    /// Position of the first scored token; the token at position 0 has no score.
+    pub first_position: u32,
+    /// One a token.
+    pub scores: Vec<TokenScore>,
+}
+
+/// What a step computed.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepResult {
+    /// One for each work that samples, in order of works.
+    pub sampled: Vec<Sampled>,
+    /// One for each work whose rows predict prompt tokens that are to be scored.
+    pub prompt_scores: Vec<PromptScores>,
+}
+
+impl StepResult {
+    /// The ids alone, as the scheduler commits them.
+    pub fn tokens(&self) -> Vec<u32> {
+        self.sampled.iter().map(|s| s.token).collect()
+    }
+}
+
+/// A running group. Dropping it ends the ranks' threads.
+pub struct Group {
+    shape: StepShape,
+    timeout: Duration,
+    exchange: Arc<Exchange>,
+    members: Vec<Thread>,
+    answers: Receiver<Answer>,
+    memory: MemoryReport,
+    samplers: HashMap<SeqId, Arc<Mutex<Sampler>>>,
+    broken: Option<GroupError>,
+}
+
+struct Thread {
+    jobs: Sender<Job>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Group {
+    /// Starts the ranks, loads the weights, and runs a warm-up step; returns when every rank has finished it.
+    ///
+    /// The checkpoint must have been opened for this degree of tensor parallelism.
+    ///
+    /// # Errors
+    /// If a rank cannot allocate its memory, panics, or does not finish the warm-up in time.
+    pub fn start(
+        checkpoint: Arc<Checkpoint>,
+        spec: GroupSpec,
+        progress: Arc<LoadProgress>,
+    ) -> Result<Group, GroupError> {
+        let n_vocab = checkpoint.config().vocab_size;
+        let shape = StepShape {
+            block_tokens: spec.block_tokens,
+            n_blocks: spec.n_blocks,
+            max_running: spec.max_running,
+            max_rows: spec.max_step_tokens,
+            max_model_len: spec.max_model_len,
+            n_vocab,
+        };
+        check(&spec, &checkpoint)?;
+        progress.bytes_total.store(
+            bytes_to_read(&checkpoint, spec.tensor_parallel),
+            Ordering::Relaxed,
+        );
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = spec.threads.max(spec.tensor_parallel);
+        let exchange = Arc::new(Exchange::new(
+            spec.tensor_parallel,
+            spec.max_step_tokens,
+            threads > cores,
+        ));
+        let (answer, answers) = mpsc::channel();
+        let mut group = Group {
+            shape,
+            timeout: spec.step_timeout,
+            exchange,
+            members: Vec::new(),
+            answers,
+            memory: MemoryReport::default(),
+            samplers: HashMap::new(),
+            broken: None,
+        };
+        for rank in 0..spec.tensor_parallel {
+            let member = Member {
+                shard: Shard {
+                    rank,
+                    of: spec.tensor_parallel,
+                },
+                threads: (Shard {
+                    rank,
+                    of: spec.tensor_parallel,
+                })
+                .part(threads)
+                .len(),
+                spec: spec.clone(),
+                checkpoint: checkpoint.clone(),
+                exchange: group.exchange.clone(),
+                progress: progress.clone(),
+                answers: answer.clone(),
+            };
+            group.members.push(member.start()?);
+        }
+        group.await_loading()?;
+        group.warm_up()?;
+        Ok(group)
+    }
+
+    /// Makes a sequence's sampler, before its first step.
+    pub fn admit(&mut self, seq: SeqId, params: SamplingParams, prompt: Arc<[u32]>) {
+        self.samplers
+            .insert(seq, Arc::new(Mutex::new(Sampler::new(params, prompt))));
+    }
+
+    /// Forgets a sequence, when it has finished and no step that names it will be run any more.
+    pub fn retire(&mut self, seq: SeqId) {
+        self.samplers.remove(&seq);
+    }
+
+    /// Runs a step on all ranks and waits for it.
+    ///
+    /// # Errors
+    /// [`GroupError::Step`] leaves the group as it was: nothing has run. After any other error it is unusable, and
+    /// repeats that error.
+    pub fn run(&mut self, step: &Step) -> Result<StepResult, GroupError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        let meta = StepMeta::build(step, &self.shape, |seq| self.samplers.get(&seq).cloned())
+            .map_err(GroupError::Step)?;
+        let meta = Arc::new(meta);
+        let outs = self.run_on_ranks(meta.clone()).inspect_err(|error| {
+            self.exchange.close();
+            self.broken = Some(error.clone());
+        })?;
+        Ok(collect(&meta, outs))
+    }
+
+    /// Bytes that the ranks have allocated.
+    pub fn memory(&self) -> &MemoryReport {
+        &self.memory
+    }
+
+    fn run_on_ranks(&self, meta: Arc<StepMeta>) -> Result<Vec<HeadOut>, GroupError> {
+        let step = meta.id.0;
+        for member in &self.members {
+            // A rank whose thread is gone has said why; its answer is read below.
+            let _ = member.jobs.send(Job(meta.clone()));
+        }
+        let deadline = Instant::now() + self.timeout;
+        let (mut outs, mut failed) = (Vec::new(), None);
+        for _ in &self.members {
+            match self
+                .answers
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok(Answer {
+                    result: Ok(Done::Step(out)),
+                    ..
+                }) => outs.extend(out),
+                Ok(Answer {
+                    result: Ok(Done::Loaded(_)),
+                    ..
+                }) => {}
+                Ok(Answer {
+                    rank,
+                    result: Err(cause),
+                }) => {
+                    // A rank's own failure counts; the others only saw the exchange close.
+                    if matches!(failed, None | Some((_, Cause::Interrupted))) {
+                        failed = Some((rank, cause));
+                    }
+                }
+                Err(_) if failed.is_none() => {
+                    let rank = self.exchange.last();
+                    return Err(GroupError::Stalled {
+                        rank,
+                        step,
+                        seconds: self.timeout.as_secs_f64(),
+                    });
+                }
+                Err(_) => break,
+            }
+        }
+        match failed {
+            Some((rank, cause)) => Err(GroupError::Failed { rank, step, cause }),
+            None => Ok(outs),
+        }
+    }
+
+    /// Loading has no time limit: it depends on disks, and its progress is visible.
+    fn await_loading(&mut self) -> Result<(), GroupError> {
+        self.memory.ranks = vec![RankMemory::default(); self.members.len()];
+        for _ in 0..self.members.len() {
+            match self.answers.recv() {
+                Ok(Answer {
+                    rank,
+                    result: Ok(Done::Loaded(memory)),
+                }) => {
+                    self.memory.ranks[rank] = memory;
+                    self.memory.total.weights_bytes += memory.weights_bytes;
+                    self.memory.total.kv_bytes += memory.kv_bytes;
+                    self.memory.total.workspace_bytes += memory.workspace_bytes;
+                }
+                Ok(Answer {
+                    rank,
+                    result: Err(cause),
+                }) => {
+                    let error = GroupError::Load { rank, cause };
+                    self.broken = Some(error.clone());
+                    return Err(error);
+                }
+                Ok(Answer {
+                    result: Ok(Done::Step(_)),
+                    ..
+                })
+                | Err(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// One small prefill, sampled: touches every weight on every rank. It leaves keys and values in block 0, which
+    /// nobody reads before writing.
+    fn warm_up(&mut self) -> Result<(), GroupError> {
+        let shape = &self.shape;
+        let n = WARM_UP_ROWS
+            .min(shape.max_rows)
+            .min(shape.max_model_len)
+            .min(shape.block_tokens);
+        let seq = SeqId(u64::MAX);
+        self.admit(seq, SamplingParams::greedy(), vec![0; n].into());
+        let work = Work {
+            seq,
+            slot: Slot(0),
+            start: 0,
+            input: Input::Tokens(vec![0; n]),
+            blocks: vec![BlockId(0)],
+            sample: Some(0),
+            prompt_logprobs: false,
+        };
+        let result = self.run(&Step {
+            id: StepId(0),
+            works: vec![work],
+        });
+        self.retire(seq);
+        result.map(drop)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.exchange.close();
+        for member in &mut self.members {
+            let (gone, _) = mpsc::channel();
+            member.jobs = gone; // the rank's loop ends when its sender is dropped
+        }
+        // A stalled thread cannot be joined, and one that still loads is not worth waiting for.
+        if matches!(
+            self.broken,
+            Some(GroupError::Stalled { .. } | GroupError::Load { .. })
+        ) {
+            return;
+        }
+        for thread in self.members.iter_mut().filter_map(|member| member.thread.take()) {
+            let _ = thread.join(); // panics were caught and told
+        }
+    }
+}
+
+fn check(spec: &GroupSpec, checkpoint: &Checkpoint) -> Result<(), GroupError> {
+    if let Some(obstacle) = checkpoint.config().tensor_parallel_obstacle(spec.tensor_parallel) {
+        return Err(GroupError::Spec(obstacle));
+    }
+    let counts = [
+        ("block_tokens", spec.block_tokens),
+        ("n_blocks", spec.n_blocks),
+        ("max_running", spec.max_running),
+        ("max_step_tokens", spec.max_step_tokens),
+        ("max_model_len", spec.max_model_len),
+    ];
+    for (name, count) in counts {
+        if count == 0 {
+            return Err(GroupError::Spec(format!("{name} is 0; it must be at least 1")));
+        }
+    }
+    if spec.n_blocks.saturating_mul(spec.block_tokens) > u32::MAX as usize {
+        return Err(GroupError::Spec(format!(
+            "{} blocks of {} tokens are more than 2^32 tokens; lower the memory for keys and values",
+            spec.n_blocks, spec.block_tokens
+        )));
+    }
+    Ok(())
+}
+
+fn bytes_to_read(checkpoint: &Checkpoint, of: usize) -> u64 {
+    let rank = |rank| {
+        let slices = Shard { rank, of }.slices(checkpoint.config());
+        let bytes = |s: &Slice| s.outs * s.ins * checkpoint.tensor(&s.name).dtype().size();
+        slices.iter().map(bytes).sum::<usize>() as u64
+    };
+    (0..of).map(rank).sum()
+}
+
+/// Puts the ranks' answers in the order of the step's asks.
+fn collect(meta: &StepMeta, mut outs: Vec<HeadOut>) -> StepResult {
+    outs.sort_unstable_by_key(|out| out.ask);
+    assert!(
+        outs.iter().map(|out| out.ask).eq(0..meta.asks.len()),
+        "each ask is answered once"
+    );
+    let mut result = StepResult::default();
+    for (ask, out) in meta.asks.iter().zip(outs) {
+        match (ask.what, out.score) {
+            (HeadUse::Sample { .. }, score) => {
+                result.sampled.push(Sampled {
+                    seq: ask.seq,
+                    token: out.token,
+                    score,
+                });
+            }
+            (HeadUse::Score, Some(score)) => match result.prompt_scores.last_mut() {
+                Some(scores) if scores.seq == ask.seq => scores.scores.push(score),
+                _ => result.prompt_scores.push(PromptScores {
+                    seq: ask.seq,
+                    first_position: ask.position + 1,
+                    scores: vec![score],
+                }),
+            },
+            (HeadUse::Score, None) => unreachable!("a score is what was asked for"),
+        }
+    }
+    result
+}

@@ -1,0 +1,158 @@
+//! One rank: a thread that loads its part of the model and then runs every step it is given.
+//!
+//! Whatever goes wrong here closes the exchange, so that the other ranks do not wait, and is told to the group once.
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, Sender},
+    },
+};
+
+use super::{Cause, Fault, FaultKind, GroupError, GroupSpec, LoadProgress, RankMemory, Thread};
+use crate::{
+    checkpoint::Checkpoint,
+    device::{
+        DeviceError, HeadOut, StepMeta, VocabSplit,
+        cpu::{CpuDevice, CpuSpec, Exchange},
+    },
+    model::{Llama, LlamaSpec, Shard},
+};
+
+/// A step to run.
+pub(super) struct Job(pub(super) Arc<StepMeta>);
+
+/// What a rank tells the group, about loading first and then about each step.
+pub(super) struct Answer {
+    pub(super) rank: usize,
+    pub(super) result: Result<Done, Cause>,
+}
+
+pub(super) enum Done {
+    Loaded(RankMemory),
+    Step(Vec<HeadOut>),
+}
+
+/// A rank before its thread has started.
+pub(super) struct Member {
+    pub(super) shard: Shard,
+    pub(super) threads: usize,
+    pub(super) spec: GroupSpec,
+    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) exchange: Arc<Exchange>,
+    pub(super) progress: Arc<LoadProgress>,
+    pub(super) answers: Sender<Answer>,
+}
+
+type Model = (CpuDevice, Llama<CpuDevice>);
+
+impl Member {
+    /// Starts the rank's thread, which loads at once.
+    pub(super) fn start(self) -> Result<Thread, GroupError> {
+        let rank = self.shard.rank;
+        let (jobs, inbox) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name(format!("rank-{rank}"))
+            .spawn(move || self.live(&inbox));
+        let thread = thread.map_err(|error| GroupError::Load {
+            rank,
+            cause: Cause::NoThread(error.to_string()),
+        })?;
+        Ok(Thread {
+            jobs,
+            thread: Some(thread),
+        })
+    }
+
+    fn live(self, inbox: &Receiver<Job>) {
+        let loaded = guard(|| self.load());
+        let (mut device, mut llama) = match loaded {
+            Ok(((device, llama), memory)) => {
+                self.answer(Ok(Done::Loaded(memory)));
+                (device, llama)
+            }
+            Err(cause) => return self.answer(Err(cause)),
+        };
+        while let Ok(Job(meta)) = inbox.recv() {
+            let result = guard(|| {
+                self.misbehave(meta.id.0, &mut device)?;
+                llama.forward(&mut device, meta)
+            });
+            let failed = result.is_err();
+            self.answer(result.map(Done::Step));
+            if failed {
+                return;
+            }
+        }
+    }
+
+    fn load(&self) -> Result<(Model, RankMemory), DeviceError> {
+        let config = self.checkpoint.config();
+        let spec = CpuSpec {
+            rank: self.shard.rank,
+            threads: self.threads,
+            max_running: self.spec.max_running,
+            max_rows: self.spec.max_step_tokens,
+            hidden: config.hidden_size,
+            split: VocabSplit::new(config.vocab_size, self.shard.of),
+        };
+        let mut device = CpuDevice::new(&spec, self.exchange.clone())?;
+        let spec = LlamaSpec {
+            shard: self.shard,
+            n_blocks: self.spec.n_blocks,
+            block_tokens: self.spec.block_tokens,
+        };
+        let llama = Llama::load(&mut device, &self.checkpoint, spec, &self.progress.bytes_done)?;
+        let bytes = device.allocated();
+        let memory = RankMemory {
+            weights_bytes: bytes.weights,
+            kv_bytes: bytes.kv,
+            workspace_bytes: bytes.workspace,
+        };
+        Ok(((device, llama), memory))
+    }
+
+    fn answer(&self, result: Result<Done, Cause>) {
+        if result.is_err() {
+            self.exchange.close();
+        }
+        // Nobody listens any more only when the group is gone.
+        let _ = self.answers.send(Answer {
+            rank: self.shard.rank,
+            result,
+        });
+    }
+
+    fn misbehave(&self, step: u64, device: &mut CpuDevice) -> Result<(), DeviceError> {
+        match self.spec.fault {
+            Some(Fault { rank, step: at, kind }) if rank == self.shard.rank && step == at => match kind {
+                FaultKind::Panic => panic!("asked to by a test"),
+                FaultKind::Stall => {
+                    self.exchange.wait_closed();
+                    Err(DeviceError::Interrupted)
+                }
+                FaultKind::Diverge => {
+                    device.disturb();
+                    Ok(())
+                }
+            },
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Turns a panic into a cause.
+fn guard<T>(f: impl FnOnce() -> Result<T, DeviceError>) -> Result<T, Cause> {
+    match catch_unwind(AssertUnwindSafe(f)) {
+        Ok(result) => result.map_err(Cause::from),
+        Err(panic) => Err(Cause::Panicked(message(&*panic))),
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "without a message".to_owned())
+}

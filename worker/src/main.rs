@@ -1,0 +1,31 @@
+//! `swallow-worker`: one replica of a model.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use swallow_worker::{
+    bench,
+    config::{Cli, Command},
+    fetch, serve,
+};
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        // Logged already, and left as the termination message.
+        Command::Serve(args) => {
+            serve::run(*args).map_or_else(|error| ExitCode::from(error.exit_code()), |()| ExitCode::SUCCESS)
+        }
+        Command::Bench(args) => report(bench::run(args)),
+        Command::Fetch(args) => report(fetch::run(args)),
+    }
+}
+
+fn report(outcome: Result<(), impl std::error::Error>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("swallow-worker: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

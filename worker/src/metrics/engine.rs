@@ -1,0 +1,176 @@
+//! What the loop counts: load, tokens, ends, steps.
+
+use std::time::Duration;
+
+use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge};
+use swallow_schedule::{Finish, Load};
+
+use super::{Sizes, Timeline, maker::Maker, requests::Requests};
+
+const STEP_TOKEN_BUCKETS: &[f64] = &[
+    1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0,
+];
+/// Small models step in tens of microseconds, a long prefill on a CPU in seconds.
+const STEP_BUCKETS: &[f64] = &[
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+    10.0, 30.0, 60.0, 120.0, 300.0,
+];
+
+/// What the engine counts and measures. Cheap to clone: handles to the same values.
+#[derive(Clone)]
+pub struct EngineMetrics {
+    running: IntGauge,
+    waiting: IntGauge,
+    kv_usage: Gauge,
+    prompt_tokens: IntCounter,
+    prompt_tokens_cached: IntCounter,
+    generation_tokens: IntCounter,
+    success: IntCounterVec,
+    rejected: IntCounter,
+    sessions: IntGauge,
+    sessions_cut: IntCounter,
+    preemptions: IntCounter,
+    prefix_queries: IntCounter,
+    prefix_hits: IntCounter,
+    step_tokens: Histogram,
+    step_seconds: Histogram,
+    requests: Requests,
+}
+
+/// How a request ended, for the `finished_reason` label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The scheduler's word.
+    Finished(Finish),
+    /// The group failed or the drain's time ran out.
+    Error,
+}
+
+impl Outcome {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Finished(Finish::Stop) => "stop",
+            Self::Finished(Finish::Length) => "length",
+            Self::Finished(Finish::Cancelled | Finish::Deadline) => "abort",
+            Self::Error => "error",
+        }
+    }
+
+    const LABELS: [&str; 4] = ["stop", "length", "abort", "error"];
+}
+
+impl EngineMetrics {
+    pub(super) fn register(make: &Maker<'_>, sizes: Sizes) -> Result<Self, prometheus::Error> {
+        make.told(
+            "vllm:cache_config_info",
+            "Sizes of the cache of keys and values",
+            &[
+                ("block_size", sizes.block_tokens),
+                ("num_gpu_blocks", sizes.n_blocks),
+            ],
+        )?;
+        let success = make.counters(
+            "vllm:request_success_total",
+            "Requests that ended",
+            "finished_reason",
+        )?;
+        for label in Outcome::LABELS {
+            success.with_label_values(&[label]); // A rate needs the zero before the first event.
+        }
+        Ok(Self {
+            running: make.gauge("vllm:num_requests_running", "Requests in the running batch")?,
+            waiting: make.gauge(
+                "vllm:num_requests_waiting",
+                "Requests that wait for a place in it",
+            )?,
+            kv_usage: make.ratio(
+                "vllm:kv_cache_usage_perc",
+                "Share of blocks held by requests, 0 to 1",
+            )?,
+            prompt_tokens: make.counter("vllm:prompt_tokens_total", "Prompt tokens of prefilled requests")?,
+            prompt_tokens_cached: make.counter(
+                "vllm:prompt_tokens_cached_total",
+                "Prompt tokens that came from the prefix cache",
+            )?,
+            generation_tokens: make.counter("vllm:generation_tokens_total", "Generated tokens")?,
+            success,
+            rejected: make.counter(
+                "swallow_worker_requests_rejected_total",
+                "Requests refused before they ran",
+            )?,
+            sessions: make.gauge("swallow_worker_sessions", "Routers that are connected")?,
+            sessions_cut: make.counter(
+                "swallow_worker_sessions_cut_total",
+                "Sessions ended because the router did not read",
+            )?,
+            preemptions: make.counter(
+                "vllm:num_preemptions_total",
+                "Requests sent back to wait because blocks ran out",
+            )?,
+            prefix_queries: make.counter(
+                "vllm:prefix_cache_queries_total",
+                "Prompt tokens looked up in the prefix cache",
+            )?,
+            prefix_hits: make.counter("vllm:prefix_cache_hits_total", "Prompt tokens found there")?,
+            step_tokens: make.histogram(
+                "vllm:iteration_tokens_total",
+                "Rows of a step",
+                STEP_TOKEN_BUCKETS,
+            )?,
+            step_seconds: make.histogram("swallow_worker_step_seconds", "Time of a step", STEP_BUCKETS)?,
+            requests: Requests::register(make, sizes.max_model_len)?,
+        })
+    }
+
+    pub(crate) fn step(&self, rows: u32, took: Duration) {
+        self.step_tokens.observe(rows.into());
+        self.step_seconds.observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn load(&self, load: &Load) {
+        self.running.set(load.running.into());
+        self.waiting.set(load.waiting.into());
+        self.kv_usage
+            .set(f64::from(load.blocks_held) / f64::from(load.blocks_total.max(1)));
+        catch_up(&self.preemptions, load.preemptions);
+        catch_up(&self.prefix_queries, load.prefix_query_tokens);
+        catch_up(&self.prefix_hits, load.prefix_hit_tokens);
+    }
+
+    pub(crate) fn started(&self, prompt_tokens: u32, cached_tokens: u32) {
+        self.prompt_tokens.inc_by(prompt_tokens.into());
+        self.prompt_tokens_cached.inc_by(cached_tokens.into());
+    }
+
+    pub(crate) fn first_token(&self, since_arrival: Duration) {
+        self.generation_tokens.inc();
+        self.requests.first_token(since_arrival);
+    }
+
+    pub(crate) fn next_token(&self, since_last: Duration) {
+        self.generation_tokens.inc();
+        self.requests.next_token(since_last);
+    }
+
+    pub(crate) fn sessions(&self, connected: usize) {
+        self.sessions.set(i64::try_from(connected).unwrap_or(i64::MAX));
+    }
+
+    pub(crate) fn session_cut(&self) {
+        self.sessions_cut.inc();
+    }
+
+    pub(crate) fn rejected(&self) {
+        self.rejected.inc();
+    }
+
+    pub(crate) fn finished(&self, outcome: Outcome, life: &Timeline) {
+        self.success.with_label_values(&[outcome.label()]).inc();
+        self.requests.finished(life);
+    }
+}
+
+/// Brings a counter up to a total that somebody else counts.
+fn catch_up(counter: &IntCounter, total: u64) {
+    counter.inc_by(total.saturating_sub(counter.get()));
+}

@@ -1,0 +1,249 @@
+//! Llama: pre-norm decoder layers with grouped-query attention and a gated feed-forward network.
+//!
+//! One pass serves prefill and decode: it sees rows, and the device knows which sequences they belong to. Queries, keys
+//! and values are one matrix, gate and up another, so a layer is four matrix products over all rows of the step.
+
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use super::{
+    Cut, Shard, Slice,
+    rotary::inverse_frequencies,
+    shard::{LayerSlices, Slices},
+};
+use crate::{
+    checkpoint::Checkpoint,
+    device::{Device, DeviceError, HeadOut, Heads, KvShape, Norm, StepMeta, VocabSplit},
+};
+
+/// Numbers of a tensor that are converted at a time while loading: 16 MiB beside the loaded weights.
+const LOAD_CHUNK: usize = 4 << 20;
+
+/// What a rank needs beside the checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub struct LlamaSpec {
+    /// This rank.
+    pub shard: Shard,
+    /// Blocks in the pool.
+    pub n_blocks: usize,
+    /// Tokens in one block.
+    pub block_tokens: usize,
+}
+
+/// One rank's weights, keys and values, and activations.
+pub struct Llama<D: Device> {
+    heads: Heads,
+    split: VocabSplit,
+    inv_freq: D::Vector,
+    embedding: D::Matrix,
+    layers: Vec<Layer<D>>,
+    norm: Norm<D::Vector>,
+    /// `None`: the embedding.
+    head: Option<D::Matrix>,
+    kv: D::Kv,
+    work: Activations<D>,
+}
+
+struct Layer<D: Device> {
+    attention_norm: Norm<D::Vector>,
+    qkv: D::Matrix,
+    attention_out: D::Matrix,
+    mlp_norm: Norm<D::Vector>,
+    gate_up: D::Matrix,
+    down: D::Matrix,
+}
+
+/// Allocated once, for the largest step.
+struct Activations<D: Device> {
+    residual: D::Rows,
+    normed: D::Rows,
+    qkv: D::Rows,
+    attended: D::Rows,
+    partial: D::Rows,
+    gate_up: D::Rows,
+    inner: D::Rows,
+}
+
+impl<D: Device> Llama<D> {
+    /// Loads this rank's slices and allocates everything it will ever use. `loaded` counts bytes of the files.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    pub fn load(
+        device: &mut D,
+        checkpoint: &Checkpoint,
+        spec: LlamaSpec,
+        loaded: &AtomicU64,
+    ) -> Result<Self, DeviceError> {
+        let config = checkpoint.config();
+        let heads = spec.shard.heads(config);
+        let slices = spec.shard.slices(config);
+        // The pool first: if memory is short, it shows before minutes of loading.
+        let kv = device.kv(KvShape {
+            n_layers: config.n_layers,
+            n_blocks: spec.n_blocks,
+            block_tokens: spec.block_tokens,
+            heads,
+        })?;
+        let hidden = config.hidden_size;
+        let inner = slices.layers.first().map_or(0, |layer| layer.down.ins);
+        let work = Activations {
+            residual: device.rows(hidden)?,
+            normed: device.rows(hidden)?,
+            qkv: device.rows(heads.qkv_width())?,
+            attended: device.rows(heads.n_q * heads.dim)?,
+            partial: device.rows(hidden)?,
+            gate_up: device.rows(2 * inner)?,
+            inner: device.rows(inner)?,
+        };
+        let mut loader = Loader {
+            device,
+            checkpoint,
+            loaded,
+            eps: config.rms_norm_eps as f32,
+        };
+        let Slices {
+            embedding,
+            layers,
+            norm,
+            head,
+        } = &slices;
+        Ok(Self {
+            heads,
+            split: VocabSplit::new(config.vocab_size, spec.shard.of),
+            embedding: loader.matrix(std::slice::from_ref(embedding))?,
+            layers: layers
+                .iter()
+                .map(|layer| loader.layer(layer))
+                .collect::<Result<_, _>>()?,
+            norm: loader.norm(norm)?,
+            head: head
+                .as_ref()
+                .map(|head| loader.matrix(std::slice::from_ref(head)))
+                .transpose()?,
+            inv_freq: device.vector(&inverse_frequencies(&config.rope, config.head_dim))?,
+            kv,
+            work,
+        })
+    }
+
+    /// Runs one step; returns what this rank sampled and scored.
+    ///
+    /// # Errors
+    /// If another rank failed, ranks disagree, or logits are not finite.
+    pub fn forward(&mut self, device: &mut D, meta: Arc<StepMeta>) -> Result<Vec<HeadOut>, DeviceError> {
+        let Self {
+            heads,
+            split,
+            inv_freq,
+            embedding,
+            layers,
+            norm,
+            head,
+            kv,
+            work,
+        } = self;
+        let step = device.begin(meta, inv_freq, heads.dim / 2);
+        let first = layers.first().map_or(&*norm, |layer| &layer.attention_norm);
+        device.embed_norm(
+            &step,
+            embedding,
+            split,
+            first,
+            &mut work.residual,
+            &mut work.normed,
+        )?;
+        for (n, layer) in layers.iter().enumerate() {
+            device.linear(&step, &work.normed, &layer.qkv, &mut work.qkv);
+            device.rope_write(&step, n, *heads, &mut work.qkv, kv);
+            device.attention(&step, n, *heads, &work.qkv, kv, &mut work.attended);
+            device.linear(&step, &work.attended, &layer.attention_out, &mut work.partial);
+            device.reduce_add_norm(
+                &step,
+                &work.partial,
+                &layer.mlp_norm,
+                &mut work.residual,
+                &mut work.normed,
+            )?;
+            device.linear(&step, &work.normed, &layer.gate_up, &mut work.gate_up);
+            device.silu_mul(&step, &work.gate_up, &mut work.inner);
+            device.linear(&step, &work.inner, &layer.down, &mut work.partial);
+            let next = layers.get(n + 1).map_or(&*norm, |layer| &layer.attention_norm);
+            device.reduce_add_norm(&step, &work.partial, next, &mut work.residual, &mut work.normed)?;
+        }
+        device.head_sample(&step, &work.normed, head.as_ref().unwrap_or(embedding), split)
+    }
+}
+
+/// Moves slices from the files to the device.
+struct Loader<'a, D> {
+    device: &'a mut D,
+    checkpoint: &'a Checkpoint,
+    loaded: &'a AtomicU64,
+    eps: f32,
+}
+
+impl<D: Device> Loader<'_, D> {
+    fn layer(&mut self, slices: &LayerSlices) -> Result<Layer<D>, DeviceError> {
+        Ok(Layer {
+            attention_norm: self.norm(&slices.attention_norm)?,
+            qkv: self.matrix(&slices.qkv)?,
+            attention_out: self.matrix(std::slice::from_ref(&slices.attention_out))?,
+            mlp_norm: self.norm(&slices.mlp_norm)?,
+            gate_up: self.matrix(&slices.gate_up)?,
+            down: self.matrix(std::slice::from_ref(&slices.down))?,
+        })
+    }
+
+    fn norm(&mut self, slice: &Slice) -> Result<Norm<D::Vector>, DeviceError> {
+        let values = self.checkpoint.tensor(&slice.name).rows_f32(0..slice.outs);
+        self.count(slice, slice.outs);
+        Ok(Norm {
+            weight: self.device.vector(&values)?,
+            eps: self.eps,
+        })
+    }
+
+    /// One matrix of several slices, one below the other.
+    fn matrix(&mut self, slices: &[Slice]) -> Result<D::Matrix, DeviceError> {
+        let outs = slices.iter().map(|slice| slice.outs).sum();
+        let mut matrix = self.device.matrix(outs, slices[0].ins)?;
+        let mut at = 0;
+        for slice in slices {
+            let tensor = self.checkpoint.tensor(&slice.name);
+            match &slice.cut {
+                Cut::Rows(rows) => {
+                    for rows in pieces(rows.clone(), (LOAD_CHUNK / slice.ins).max(1)) {
+                        self.device.fill(&mut matrix, at, &tensor.rows_f32(rows.clone()));
+                        at += rows.len();
+                        self.count(slice, rows.len() * slice.ins);
+                    }
+                }
+                Cut::Columns(columns) => {
+                    self.device
+                        .fill(&mut matrix, at, &tensor.cols_f32(columns.clone()));
+                    at += slice.outs;
+                    self.count(slice, slice.outs * slice.ins);
+                }
+                Cut::Whole => unreachable!("only vectors are loaded whole"),
+            }
+        }
+        Ok(matrix)
+    }
+
+    fn count(&self, slice: &Slice, n: usize) {
+        let bytes = n * self.checkpoint.tensor(&slice.name).dtype().size();
+        self.loaded.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// Cuts a range into ranges of at most `len`.
+fn pieces(range: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(len).map(move |start| start..(start + len).min(end))
+}

@@ -1,0 +1,198 @@
+//! One sequence's sampler: its parameters and the tokens it has seen.
+//!
+//! The sampler follows the device, not the scheduler: it learns each token when it draws it. When a sequence is computed
+//! again after preemption, indices repeat; what came after is then forgotten, and the same draw gives the same token.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use super::{
+    SamplingParams, filter,
+    philox::uniform,
+    score::{LogSoftmax, TokenScore, finite_max},
+};
+
+/// The model's output cannot be sampled from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the logits are not finite numbers")]
+pub struct BadLogits;
+
+/// State of one sequence, from admission to the end.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    params: SamplingParams,
+    prompt: Arc<[u32]>,
+    output: Vec<u32>,
+    /// How often each token was generated; kept only if a penalty needs it.
+    counts: HashMap<u32, u32>,
+    /// Tokens of the prompt; kept only if the repetition penalty needs it.
+    in_prompt: HashSet<u32>,
+}
+
+impl Sampler {
+    /// A sampler that has generated nothing yet.
+    pub fn new(params: SamplingParams, prompt: Arc<[u32]>) -> Self {
+        let in_prompt = if params.repetition_penalty != 1.0 {
+            prompt.iter().copied().collect()
+        } else {
+            HashSet::new()
+        };
+        Self {
+            params,
+            prompt,
+            output: Vec::new(),
+            counts: HashMap::new(),
+            in_prompt,
+        }
+    }
+
+    /// The prompt's tokens.
+    pub fn prompt(&self) -> &[u32] {
+        &self.prompt
+    }
+
+    /// Chooses generated token `index`, which will stand at `position` of the sequence. `row` holds the logits of the
+    /// whole vocabulary and is scratch afterwards.
+    ///
+    /// # Errors
+    /// If a logit is not a number or the largest is infinite.
+    pub fn sample(
+        &mut self,
+        row: &mut [f32],
+        index: u32,
+        position: u32,
+    ) -> Result<(u32, Option<TokenScore>), BadLogits> {
+        finite_max(row).ok_or(BadLogits)?;
+        self.forget_from(index);
+        // Scoring needs the raw row, the choice changes it.
+        let raw = self.params.logprobs.map(|n_top| (n_top, row.to_vec()));
+        self.bias(row);
+        self.penalise(row);
+        self.ban_early_stops(row, index);
+        let token = self.choose(row, position)?;
+        let score = match raw {
+            Some((n_top, raw)) => Some(LogSoftmax::new(&raw).ok_or(BadLogits)?.score(token, n_top)),
+            None => None,
+        };
+        self.remember(token);
+        Ok((token, score))
+    }
+
+    /// Scores the prompt token at `position` by the logits of the position before.
+    ///
+    /// # Errors
+    /// If a logit is not a number or the largest is infinite.
+    pub fn score_prompt(&self, row: &[f32], position: u32) -> Result<TokenScore, BadLogits> {
+        let n_top = self.params.prompt_logprobs.unwrap_or(0);
+        Ok(LogSoftmax::new(row)
+            .ok_or(BadLogits)?
+            .score(self.prompt[position as usize], n_top))
+    }
+
+    fn forget_from(&mut self, index: u32) {
+        for token in self.output.drain((index as usize).min(self.output.len())..) {
+            if let Some(count) = self.counts.get_mut(&token) {
+                *count -= 1;
+            }
+        }
+    }
+
+    fn remember(&mut self, token: u32) {
+        self.output.push(token);
+        if self.params.penalises() {
+            *self.counts.entry(token).or_default() += 1;
+        }
+    }
+
+    fn bias(&self, row: &mut [f32]) {
+        for &(token, bias) in &self.params.logit_bias {
+            if let Some(logit) = row.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
+    }
+
+    /// Repetition counts prompt and output, frequency and presence count output alone.
+    fn penalise(&self, row: &mut [f32]) {
+        if !self.params.penalises() {
+            return;
+        }
+        let generated = |token: &u32| self.counts.get(token).is_some_and(|&n| n > 0);
+        if self.params.repetition_penalty != 1.0 {
+            let only_output = self
+                .counts
+                .keys()
+                .filter(|t| generated(t) && !self.in_prompt.contains(t));
+            for &token in self.in_prompt.iter().chain(only_output) {
+                if let Some(logit) = row.get_mut(token as usize) {
+                    let by = self.params.repetition_penalty;
+                    *logit = if *logit > 0.0 { *logit / by } else { *logit * by };
+                }
+            }
+        }
+        for (&token, &count) in self.counts.iter().filter(|(t, _)| generated(t)) {
+            if let Some(logit) = row.get_mut(token as usize) {
+                *logit -= self.params.frequency_penalty * count as f32;
+                *logit -= self.params.presence_penalty;
+            }
+        }
+    }
+
+    /// Leaves the row alone if nothing but stop tokens could be generated.
+    fn ban_early_stops(&self, row: &mut [f32], index: u32) {
+        if index >= self.params.min_tokens {
+            return;
+        }
+        let stops: HashSet<u32> = self
+            .params
+            .stop_ids
+            .iter()
+            .copied()
+            .filter(|&id| (id as usize) < row.len())
+            .collect();
+        if stops.len() < row.len() {
+            for id in stops {
+                row[id as usize] = f32::NEG_INFINITY;
+            }
+        }
+    }
+
+    fn choose(&self, row: &mut [f32], position: u32) -> Result<u32, BadLogits> {
+        let max = finite_max(row).ok_or(BadLogits)?;
+        if self.params.temperature <= 0.0 {
+            let first = row.iter().position(|&x| x == max).ok_or(BadLogits)?;
+            return Ok(first as u32);
+        }
+        // Relative to the largest, which is then 0: no temperature, however small, overflows.
+        for x in row.iter_mut() {
+            *x = (*x - max) / self.params.temperature;
+        }
+        let u = uniform(self.params.seed, self.params.candidate, position);
+        // Ascending ids, not ascending likelihood: when rounding (say, of another tensor-parallel degree) swaps two
+        // near-equal tokens, the borders between tokens hardly move, and the same number draws the same token.
+        Ok(if self.params.filters(row.len()) {
+            draw(row, u, filter::keep(row, &self.params).into_iter())
+        } else {
+            draw(row, u, 0..row.len() as u32)
+        })
+    }
+}
+
+/// `row` has logits relative to the largest. The token in whose share of `[0, 1)` the number `u` falls.
+fn draw(row: &[f32], u: f64, ids: impl Iterator<Item = u32>) -> u32 {
+    let weights: Vec<(u32, f64)> = ids.map(|id| (id, f64::from(row[id as usize].exp()))).collect();
+    let total: f64 = weights.iter().map(|w| w.1).sum();
+    let (target, mut sum, mut last) = (u * total, 0.0, 0);
+    for (id, weight) in weights {
+        if weight > 0.0 {
+            sum += weight;
+            last = id;
+            if sum > target {
+                break;
+            }
+        }
+    }
+    last // If rounding kept the sum below the target, the last possible token.
+}

@@ -1,0 +1,236 @@
+//! A runner without a model: every sequence says its own prompt again and again, so that each token of each stream can
+//! be checked. It can be held, slowed and broken, and it checks what it is asked to run.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use swallow_schedule::{Input, SeqId, Step, Work};
+use swallow_worker::{
+    engine::Runner,
+    group::{PromptScores, Sampled, StepResult},
+    sampling::{SamplingParams, TokenScore},
+};
+
+/// What a rank's end looks like from outside.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("rank 1 panicked in step {step}: injected")]
+pub struct Broken {
+    step: u64,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    held: bool,
+    /// A step waits for `release`.
+    waits: bool,
+    break_next: bool,
+    panic_next: bool,
+    pace: Duration,
+    steps: u64,
+    sequences: usize,
+}
+
+/// The test's hand on the runner.
+#[derive(Clone, Debug, Default)]
+pub struct Controls(Arc<(Mutex<Inner>, Condvar)>);
+
+impl Controls {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.0.0.lock().expect("no holder panics")
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Inner)) {
+        change(&mut self.inner());
+        self.0.1.notify_all();
+    }
+
+    /// The next step does not begin until `release`.
+    pub fn hold(&self) {
+        self.change(|inner| inner.held = true);
+    }
+
+    pub fn release(&self) {
+        self.change(|inner| inner.held = false);
+    }
+
+    /// The next step fails.
+    pub fn break_next(&self) {
+        self.change(|inner| inner.break_next = true);
+    }
+
+    /// The next step panics on the engine's thread.
+    pub fn panic_next(&self) {
+        self.change(|inner| inner.panic_next = true);
+    }
+
+    /// Every step takes at least this long.
+    pub fn pace(&self, pace: Duration) {
+        self.change(|inner| inner.pace = pace);
+    }
+
+    /// Blocks until `until` holds.
+    fn wait(&self, until: impl Fn(&Inner) -> bool) {
+        let patience = Duration::from_secs(20);
+        let (lock, changed) = &*self.0;
+        let guard = lock.lock().expect("no holder panics");
+        let (guard, late) = changed
+            .wait_timeout_while(guard, patience, |inner| !until(inner))
+            .expect("no holder panics");
+        assert!(!late.timed_out(), "{:?}", *guard);
+    }
+
+    /// Returns once the runner keeps state for no sequence.
+    pub async fn empty(&self) {
+        let controls = self.clone();
+        tokio::task::spawn_blocking(move || controls.wait(|inner| inner.sequences == 0))
+            .await
+            .expect("in time");
+    }
+
+    /// Returns once a step is held.
+    pub async fn held(&self) {
+        let controls = self.clone();
+        tokio::task::spawn_blocking(move || controls.wait(|inner| inner.waits))
+            .await
+            .expect("in time");
+    }
+
+    /// Returns once so many steps have begun.
+    pub async fn begun(&self, steps: u64) {
+        let controls = self.clone();
+        tokio::task::spawn_blocking(move || controls.wait(|inner| inner.steps >= steps))
+            .await
+            .expect("in time");
+    }
+}
+
+/// The token that a prompt is continued with at `index`.
+pub fn echo(prompt: &[u32], index: usize) -> u32 {
+    prompt[index % prompt.len()]
+}
+
+struct Sequence {
+    params: SamplingParams,
+    prompt: Arc<[u32]>,
+}
+
+impl Sequence {
+    fn token_at(&self, position: usize) -> u32 {
+        self.prompt
+            .get(position)
+            .copied()
+            .unwrap_or_else(|| echo(&self.prompt, position - self.prompt.len()))
+    }
+}
+
+/// See the module's text.
+pub struct Fake {
+    controls: Controls,
+    sequences: HashMap<SeqId, Sequence>,
+}
+
+impl Fake {
+    pub fn new(controls: Controls) -> Self {
+        Self {
+            controls,
+            sequences: HashMap::new(),
+        }
+    }
+
+    fn check(&self, work: &Work) {
+        let sequence = self
+            .sequences
+            .get(&work.seq)
+            .expect("admitted, and not retired yet");
+        if let Input::Tokens(ids) = &work.input {
+            for (position, id) in (work.start as usize..).zip(ids) {
+                assert_eq!(*id, sequence.token_at(position), "{:?} at {position}", work.seq);
+            }
+        }
+    }
+}
+
+fn score(token: u32, position: u32, n_top: u32) -> TokenScore {
+    let top = (0..n_top).map(|i| (token + i, -(i as f32))).collect();
+    TokenScore {
+        token,
+        logprob: -(position as f32),
+        rank: 1,
+        top,
+    }
+}
+
+impl Runner for Fake {
+    type Error = Broken;
+
+    fn admit(&mut self, seq: SeqId, params: SamplingParams, prompt: Arc<[u32]>) {
+        let old = self.sequences.insert(seq, Sequence { params, prompt });
+        assert!(old.is_none(), "{seq:?} was admitted twice");
+        let now = self.sequences.len();
+        self.controls.change(|inner| inner.sequences = now);
+    }
+
+    fn retire(&mut self, seq: SeqId) {
+        self.sequences.remove(&seq).expect("only the living are retired");
+        let now = self.sequences.len();
+        self.controls.change(|inner| inner.sequences = now);
+    }
+
+    fn run(&mut self, step: &Step) -> Result<StepResult, Broken> {
+        self.controls.change(|inner| inner.steps += 1);
+        let (lock, changed) = &*self.controls.0;
+        let mut guard = lock.lock().expect("no holder panics");
+        guard.waits = guard.held;
+        changed.notify_all();
+        let mut guard = changed
+            .wait_while(guard, |inner| inner.held)
+            .expect("no holder panics");
+        guard.waits = false;
+        if std::mem::take(&mut guard.break_next) {
+            return Err(Broken { step: step.id.0 });
+        }
+        let panics = std::mem::take(&mut guard.panic_next);
+        let pace = guard.pace;
+        drop(guard);
+        assert!(!panics, "injected");
+        std::thread::sleep(pace); // The model's own time; nothing waits for it to pass.
+        let mut result = StepResult {
+            sampled: Vec::new(),
+            prompt_scores: Vec::new(),
+        };
+        for work in &step.works {
+            self.check(work);
+            let sequence = &self.sequences[&work.seq];
+            let prompt = &sequence.prompt;
+            let n_prompt = u32::try_from(prompt.len()).expect("short");
+            if let (true, Some(n_top)) = (work.prompt_logprobs, sequence.params.prompt_logprobs) {
+                let predicted = work.start + 1..(work.start + work.rows() + 1).min(n_prompt);
+                let scores = predicted
+                    .clone()
+                    .map(|at| score(prompt[at as usize], at, n_top))
+                    .collect::<Vec<_>>();
+                result.prompt_scores.push(PromptScores {
+                    seq: work.seq,
+                    first_position: predicted.start,
+                    scores,
+                });
+            }
+            if let Some(index) = work.sample {
+                let token = echo(prompt, index as usize);
+                let score = sequence
+                    .params
+                    .logprobs
+                    .map(|n_top| score(token, n_prompt + index, n_top));
+                result.sampled.push(Sampled {
+                    seq: work.seq,
+                    token,
+                    score,
+                });
+            }
+        }
+        Ok(result)
+    }
+}

@@ -1,0 +1,10 @@
+//! The session protocol, spoken by a real gRPC client to a real server whose runner is replaced by one that can be
+//! held, slowed and broken.
+
+mod ends;
+mod fake;
+mod harness;
+mod ports;
+mod ranks;
+mod requests;
+mod routers;
