@@ -1,0 +1,108 @@
+//! The command line, and what can be wrong with it. Nothing else configures a router, but for `RUST_LOG`.
+
+use std::{io::IsTerminal, net::SocketAddr};
+
+use clap::Parser;
+use swallow_proto::launch::{LogFormat, RouterArgs};
+use tracing_subscriber::EnvFilter;
+
+use crate::discover::{Fixed, TwiceGiven};
+
+/// Serves Swallow language models: gRPC and OpenAI-compatible HTTP in front, worker replicas behind
+///
+/// A router needs no model files: tokenizer and chat template come from the replicas. It serves any number of models;
+/// a request's `model` picks among their replicas.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    name = "swallow-router",
+    version,
+    after_help = "RUST_LOG sets what is logged, for example RUST_LOG=debug."
+)]
+pub struct Cli {
+    /// Everything that configures a router.
+    #[command(flatten)]
+    pub args: RouterArgs,
+}
+
+/// A command line that can't be served. Every message names the flag.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Both ports are the same.
+    #[error("--http-listen and --grpc-listen are both {0}; give each a port of its own")]
+    SamePort(SocketAddr),
+    /// A bound that lets nothing through.
+    #[error("--{flag} must be at least {least}, and is {given}")]
+    TooSmall {
+        /// Without its dashes.
+        flag: &'static str,
+        /// The least that makes sense.
+        least: u64,
+        /// What was given.
+        given: u64,
+    },
+    /// A replica is given twice.
+    #[error(transparent)]
+    Replicas(#[from] TwiceGiven),
+}
+
+/// A few prompts must fit.
+const LEAST_BODY_BYTES: u64 = 1024;
+
+/// The replicas of a sound command line.
+pub fn check(args: &RouterArgs) -> Result<Fixed, ConfigError> {
+    if args.http_listen == args.grpc_listen && args.http_listen.port() != 0 {
+        return Err(ConfigError::SamePort(args.http_listen));
+    }
+    for (flag, given, least) in [
+        ("max-queued-requests", u64::from(args.max_queued_requests), 1),
+        ("max-queued-tokens", args.max_queued_tokens, 1),
+        ("max-queued-bytes", args.max_queued_bytes, LEAST_BODY_BYTES),
+        ("max-body-bytes", args.max_body_bytes.into(), LEAST_BODY_BYTES),
+    ] {
+        if given < least {
+            return Err(ConfigError::TooSmall { flag, least, given });
+        }
+    }
+    Ok(Fixed::from_addresses(&args.replicas)?)
+}
+
+/// Begins to log, on standard error: `info` and above, unless `RUST_LOG` says otherwise.
+pub fn log(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => logs.init(),
+        LogFormat::Json => logs.json().flatten_event(true).init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(argv: &[&str]) -> RouterArgs {
+        Cli::parse_from(std::iter::once(&"swallow-router").chain(argv)).args
+    }
+
+    #[test]
+    fn an_error_names_the_flag() {
+        for (argv, flag) in [
+            (
+                &["--http-listen=127.0.0.1:7000", "--grpc-listen=127.0.0.1:7000"][..],
+                "--http-listen",
+            ),
+            (&["--max-queued-requests=0"], "--max-queued-requests"),
+            (&["--max-body-bytes=10"], "--max-body-bytes"),
+            (&["--replica=a=h:1", "--replica=b=h:1"], "--replica"),
+        ] {
+            let error = check(&parse(argv)).expect_err(flag).to_string();
+            assert!(error.contains(flag), "{error}");
+        }
+        let error = Cli::try_parse_from(["swallow-router", "--replica", "nonsense"]).expect_err("no address");
+        assert!(error.to_string().contains("--replica"), "{error}");
+        assert!(check(&parse(&[])).is_ok());
+    }
+}

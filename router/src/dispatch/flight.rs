@@ -1,0 +1,379 @@
+//! One request on its way: where it is, and what came of it that its client has not read yet.
+//!
+//! Sessions push, the client's stream pulls; nobody waits for the other. A request stays movable until the client has
+//! read something: up to then a lost replica's output is thrown away and another replica starts over. Each placement
+//! has its own attempt number, and what an earlier attempt still says is not heard.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
+};
+
+use swallow_policy::{Keys, ModelId, ReplicaId, RequestId};
+use tokio::time::Instant;
+
+use super::output::Output;
+use crate::{
+    ask::{Ask, Event, Failure, Finish, Refusal, Score},
+    observe::MoveCause,
+    session::Link,
+};
+
+/// Replicas that may be lost under a request: a request that kills replicas must not reach them all.
+const LOSSES_MAX: u32 = 2;
+/// Placements of one request, whatever sends it back.
+const ATTEMPTS_MAX: u32 = 8;
+
+/// A request in the router.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub id: RequestId,
+    pub model: ModelId,
+    pub ask: Ask,
+    pub keys: Vec<Keys>,
+    pub since: Instant,
+    max_buffered: usize,
+    state: Mutex<State>,
+}
+
+/// Where it is.
+#[derive(Debug)]
+pub(crate) enum Place {
+    /// Not yet queued, or over.
+    Nowhere,
+    /// In the queue.
+    Queued,
+    /// On a replica, under one handle a candidate.
+    Placed(Arc<Link>, Vec<u32>),
+}
+
+/// How it ended, otherwise than well.
+#[derive(Clone, Debug)]
+enum End {
+    Refused(Refusal),
+    Failed(Failure),
+    /// The client left.
+    Gone,
+}
+
+#[derive(Debug)]
+struct State {
+    place: Place,
+    attempt: u32,
+    losses: u32,
+    /// The last of them.
+    lost_on: Option<Arc<str>>,
+    /// Replicas not to try again, as long as they are the same process.
+    excluded: Vec<(ReplicaId, Vec<u8>)>,
+    /// Some replica accepted it; this stays true when it moves.
+    accepted: bool,
+    /// The client has read something: it is bound to its replica.
+    bound: bool,
+    output: Output,
+    /// Tokens that the client has read.
+    read_tokens: u32,
+    end: Option<End>,
+    waker: Option<Waker>,
+}
+
+/// What a request does that lost its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Withdrawn {
+    /// It may be queued again.
+    Movable,
+    /// It is over, or was already.
+    Over,
+}
+
+/// Why a request cannot stay where it is.
+#[derive(Clone, Debug)]
+pub(crate) struct Eviction {
+    pub cause: MoveCause,
+    pub replica: ReplicaId,
+    pub replica_name: Arc<str>,
+    /// For the client, if it has to end.
+    pub text: String,
+    /// Not to be tried again while it is this process.
+    pub exclude_boot: Option<Vec<u8>>,
+}
+
+impl Flight {
+    pub fn new(id: RequestId, model: ModelId, ask: Ask, keys: Vec<Keys>, max_buffered: usize) -> Arc<Self> {
+        let state = State {
+            place: Place::Nowhere,
+            attempt: 0,
+            losses: 0,
+            lost_on: None,
+            excluded: Vec::new(),
+            accepted: false,
+            bound: false,
+            output: Output::new(&ask),
+            read_tokens: 0,
+            end: None,
+            waker: None,
+        };
+        let (since, state) = (Instant::now(), Mutex::new(state));
+        Arc::new(Self {
+            id,
+            model,
+            ask,
+            keys,
+            since,
+            max_buffered,
+            state,
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // What the dispatcher does.
+
+    /// It waits in the queue. False: it is over.
+    pub fn queued(&self) -> bool {
+        let mut state = self.state();
+        if state.end.is_none() {
+            state.place = Place::Queued;
+        }
+        state.end.is_none()
+    }
+
+    /// The number of its next placement, or of the present one.
+    pub fn attempt(&self) -> u32 {
+        self.state().attempt
+    }
+
+    /// Replicas that it must not go to, where `boot` gives the process that a replica is now.
+    pub fn excluded<'a>(&self, boot: impl Fn(ReplicaId) -> Option<&'a [u8]>) -> Vec<ReplicaId> {
+        let state = self.state();
+        let same = |(id, was): &&(ReplicaId, Vec<u8>)| boot(*id) == Some(was.as_slice());
+        state.excluded.iter().filter(same).map(|(id, _)| *id).collect()
+    }
+
+    /// It was submitted. The handles come back if it is over already: somebody has to cancel them.
+    pub fn placed(&self, link: Arc<Link>, handles: Vec<u32>) -> Result<(), Vec<u32>> {
+        let mut state = self.state();
+        if state.end.is_some() {
+            return Err(handles);
+        }
+        state.place = Place::Placed(link, handles);
+        Ok(())
+    }
+
+    /// It lost the place of attempt `attempt`: it is ready for another one, or over.
+    pub fn withdraw(&self, attempt: u32, eviction: &Eviction) -> (Withdrawn, Place) {
+        let mut state = self.state();
+        if state.end.is_some() || state.attempt != attempt {
+            return (Withdrawn::Over, Place::Nowhere);
+        }
+        let place = std::mem::replace(&mut state.place, Place::Nowhere);
+        let failed = |cause: String| {
+            End::Failed(Failure::ReplicaLost {
+                replica: eviction.replica_name.to_string(),
+                cause,
+            })
+        };
+        if eviction.cause == MoveCause::Lost {
+            state.losses += 1;
+            state.lost_on = Some(Arc::clone(&eviction.replica_name));
+        }
+        let end = if state.bound {
+            failed(eviction.text.clone())
+        } else if state.losses >= LOSSES_MAX {
+            let text = &eviction.text;
+            failed(format!(
+                "{text}; it is the second one lost under this request, which is not tried on a third"
+            ))
+        } else if state.attempt + 1 >= ATTEMPTS_MAX {
+            failed(format!(
+                "{}; the request was placed {ATTEMPTS_MAX} times in vain",
+                eviction.text
+            ))
+        } else {
+            state.attempt += 1;
+            state.output = Output::new(&self.ask);
+            if let Some(boot) = &eviction.exclude_boot {
+                state.excluded.push((eviction.replica, boot.clone()));
+            }
+            return (Withdrawn::Movable, place);
+        };
+        state.finish(end);
+        (Withdrawn::Over, place)
+    }
+
+    /// It will not run. If a replica was lost under it, that is what its client has to know; and if one accepted it,
+    /// its client has a stream already, which then fails.
+    pub fn refuse(&self, refusal: Refusal) -> Place {
+        let mut state = self.state();
+        let tokens = state.read_tokens;
+        let end = match (refusal, &state.lost_on) {
+            (Refusal::Deadline, _) if state.accepted => End::Failed(Failure::Deadline { tokens }),
+            (refusal, Some(replica)) if refusal != Refusal::Deadline => {
+                let cause = format!("nothing had come of the request; then, {refusal}");
+                End::Failed(Failure::ReplicaLost {
+                    replica: replica.to_string(),
+                    cause,
+                })
+            }
+            (refusal, _) if state.accepted => End::Failed(Failure::Worker(refusal.to_string())),
+            (refusal, _) => End::Refused(refusal),
+        };
+        state.finish(end)
+    }
+
+    /// It cannot go on.
+    pub fn fail(&self, failure: Failure) -> Place {
+        self.state().finish(End::Failed(failure))
+    }
+
+    /// The deadline passed, wherever it is.
+    pub fn expire(&self) -> Place {
+        self.refuse(Refusal::Deadline)
+    }
+
+    // What sessions push.
+
+    /// The replica runs a candidate.
+    pub fn push_accepted(&self, attempt: u32, candidate: u32, cached_tokens: u32) {
+        let mut state = self.state();
+        if state.hears(attempt) {
+            state.accepted = true;
+            state.output.push_begun(candidate, cached_tokens);
+            state.wake();
+        }
+    }
+
+    /// The score of a prompt position, 1 or more.
+    pub fn push_prompt_score(&self, attempt: u32, position: u32, score: Score) {
+        let mut state = self.state();
+        if state.hears(attempt) {
+            state.output.push_prompt_score(position, score);
+            state.wake();
+        }
+    }
+
+    /// Next tokens of a candidate. False: the client has read nothing for too long, and the request is over.
+    pub fn push_tokens(&self, attempt: u32, candidate: u32, tokens: &[u32], scores: Vec<Score>) -> bool {
+        let mut state = self.state();
+        if !state.hears(attempt) || !state.output.is_open(candidate) {
+            return true;
+        }
+        let buffered = state.output.buffered_tokens();
+        if buffered > 0 && buffered + tokens.len() > self.max_buffered {
+            state.output.clear();
+            state.finish(End::Failed(Failure::SlowClient { buffered }));
+            return false;
+        }
+        state.output.push_tokens(candidate, tokens, scores);
+        state.wake();
+        true
+    }
+
+    /// The last word about a candidate.
+    pub fn push_finished(&self, attempt: u32, candidate: u32, why: Finish) {
+        let mut state = self.state();
+        if state.hears(attempt) && state.output.is_open(candidate) {
+            state.output.push_finished(candidate, why);
+            state.wake();
+        }
+    }
+
+    // What the client's stream pulls.
+
+    /// Resolves when a replica has accepted it, or when it ended.
+    pub fn poll_accepted(&self, cx: &mut Context<'_>) -> Poll<Result<(), Refusal>> {
+        let mut state = self.state();
+        match &state.end {
+            Some(End::Refused(refusal)) => Poll::Ready(Err(refusal.clone())),
+            // The stream's first item says how.
+            Some(End::Failed(_) | End::Gone) => Poll::Ready(Ok(())),
+            None if state.accepted => Poll::Ready(Ok(())),
+            None => state.sleep(cx),
+        }
+    }
+
+    /// The next event. After a failure, and after the last candidate's end, there is none.
+    pub fn poll_event(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Event, Failure>>> {
+        let mut state = self.state();
+        if matches!(state.end, Some(End::Gone | End::Refused(_))) {
+            return Poll::Ready(None);
+        }
+        // What had come before a failure is read before it, if the client had begun to read.
+        let event = if state.bound {
+            state.output.pop()
+        } else if state.end.is_none() {
+            state.output.start()
+        } else {
+            None
+        };
+        if let Some(event) = event {
+            state.bound = true;
+            if let Event::Tokens { tokens, .. } = &event {
+                let read = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+                state.read_tokens = state.read_tokens.saturating_add(read);
+            }
+            return Poll::Ready(Some(Ok(event)));
+        }
+        let failure = match &state.end {
+            Some(End::Failed(failure)) => failure.clone(),
+            _ if state.output.is_running() => return state.sleep(cx),
+            _ => return Poll::Ready(None),
+        };
+        state.end = Some(End::Gone);
+        Poll::Ready(Some(Err(failure)))
+    }
+
+    /// The client wants no more of a candidate: what waits of it is dropped. Returns its link and handle, if it still
+    /// runs.
+    pub fn stop(&self, candidate: u32) -> Option<(Arc<Link>, u32)> {
+        let mut state = self.state();
+        match (state.output.stop(candidate), &state.place) {
+            (true, Place::Placed(link, handles)) => Some((Arc::clone(link), handles[candidate as usize])),
+            _ => None,
+        }
+    }
+
+    /// The client left: nothing is pushed any more.
+    pub fn leave(&self) -> Place {
+        let mut state = self.state();
+        let place = state.finish(End::Gone);
+        state.output.clear();
+        place
+    }
+}
+
+impl State {
+    /// It goes on, and on this attempt.
+    fn hears(&self, attempt: u32) -> bool {
+        self.end.is_none() && self.attempt == attempt
+    }
+
+    /// Ends it, unless it ended before, well or not. The place is where somebody has to clean up.
+    fn finish(&mut self, end: End) -> Place {
+        let running = self.end.is_none() && self.output.is_running();
+        if running || matches!(end, End::Gone) {
+            if matches!(end, End::Failed(Failure::Deadline { .. })) {
+                // Whatever waits is too late.
+                self.output.clear();
+            }
+            self.end = Some(end);
+        }
+        self.wake();
+        std::mem::replace(&mut self.place, Place::Nowhere)
+    }
+
+    fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn sleep<T>(&mut self, cx: &mut Context<'_>) -> Poll<T> {
+        match &mut self.waker {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+}

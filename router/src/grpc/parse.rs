@@ -1,0 +1,243 @@
+//! From wire messages to requests; what only the wire can get wrong is refused here.
+
+use std::time::Duration;
+
+use prost_types::{Struct, Value as WireValue, value::Kind};
+use serde_json::{Map, Number, Value, json};
+use swallow_rpc::inference::v1 as wire;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::{
+    ask::Sampling,
+    generate::{Chat, Input, Invalid, Request, Stop, Unasked},
+};
+
+const MAX_REQUEST_ID_BYTES: usize = 128;
+const MAX_STRUCT_DEPTH: usize = 32;
+/// The length of a plain generation for which none is asked.
+const DEFAULT_TOKENS: u32 = 16;
+
+/// The client's own id, or a new one.
+pub(super) fn request_id(given: String) -> Result<String, Invalid> {
+    match given.len() {
+        0 => Ok(Uuid::new_v4().simple().to_string()),
+        1..=MAX_REQUEST_ID_BYTES => Ok(given),
+        _ => Err(Invalid::new(
+            "request_id",
+            format!("must have at most {MAX_REQUEST_ID_BYTES} bytes"),
+        )),
+    }
+}
+
+pub(super) fn generate(wire: wire::GenerateRequest, deadline: Option<Instant>) -> Result<Request, Invalid> {
+    use wire::generate_request::Prompt;
+    let input = match wire.prompt {
+        Some(Prompt::Text(text)) => Input::Text {
+            text,
+            add_special: wire.add_special_tokens.unwrap_or(true),
+        },
+        Some(Prompt::TokenIds(ids)) => {
+            if wire.add_special_tokens == Some(true) {
+                let why = "is for a text prompt; token ids are taken as they are";
+                return Err(Invalid::new("add_special_tokens", why));
+            }
+            Input::Tokens(ids.ids)
+        }
+        None => return Err(Invalid::new("prompt", "is missing; give text or token_ids")),
+    };
+    Common {
+        model: wire.model,
+        sampling: wire.sampling,
+        stop: wire.stop,
+        logprobs: wire.logprobs,
+        policy: wire.policy,
+        candidate_count: wire.candidate_count,
+    }
+    .request(input, Unasked::Tokens(DEFAULT_TOKENS), deadline)
+}
+
+pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result<Request, Invalid> {
+    let args = wire
+        .template_args
+        .map(|args| object(args, 0))
+        .transpose()?
+        .unwrap_or_default();
+    if let Some(name) = ["messages", "add_generation_prompt"]
+        .into_iter()
+        .find(|name| args.contains_key(*name))
+    {
+        return Err(Invalid::new(
+            "template_args",
+            format!("must not have '{name}', which the server sets"),
+        ));
+    }
+    if wire
+        .logprobs
+        .as_ref()
+        .is_some_and(|asked| asked.prompt || asked.prompt_top_n > 0)
+    {
+        return Err(Invalid::unsupported(
+            "logprobs.prompt",
+            "is not served for conversations; use GenerationService",
+        ));
+    }
+    let input = Input::Chat(conversation(wire.messages, args)?);
+    Common {
+        model: wire.model,
+        sampling: wire.sampling,
+        stop: wire.stop,
+        logprobs: wire.logprobs,
+        policy: wire.policy,
+        candidate_count: wire.candidate_count,
+    }
+    .request(input, Unasked::ContextEnd, deadline)
+}
+
+/// A conversation that the model is to go on with.
+pub(super) fn conversation(
+    messages: Vec<wire::ChatMessage>,
+    args: Map<String, Value>,
+) -> Result<Chat, Invalid> {
+    if messages.is_empty() {
+        return Err(Invalid::new("messages", "must have at least one message"));
+    }
+    let message = |(i, message): (usize, wire::ChatMessage)| {
+        let role = match message.role() {
+            wire::Role::System => "system",
+            wire::Role::User => "user",
+            wire::Role::Assistant => "assistant",
+            wire::Role::Unspecified => {
+                return Err(Invalid::new(
+                    format!("messages[{i}].role"),
+                    "must be a role that this version knows",
+                ));
+            }
+        };
+        Ok(json!({"role": role, "content": message.content}))
+    };
+    let messages = messages
+        .into_iter()
+        .enumerate()
+        .map(message)
+        .collect::<Result<_, _>>()?;
+    Ok(Chat {
+        messages,
+        args,
+        add_generation_prompt: true,
+        add_special: false,
+    })
+}
+
+/// What both kinds of requests have.
+struct Common {
+    model: String,
+    sampling: Option<wire::SamplingParams>,
+    stop: Option<wire::StopCriteria>,
+    logprobs: Option<wire::LogprobOptions>,
+    policy: Option<wire::RequestPolicy>,
+    candidate_count: u32,
+}
+
+impl Common {
+    fn request(self, input: Input, unasked: Unasked, deadline: Option<Instant>) -> Result<Request, Invalid> {
+        let logprobs = self.logprobs.unwrap_or_default();
+        let policy = self.policy.unwrap_or_default();
+        Ok(Request {
+            model: self.model,
+            input,
+            sampling: sampling(self.sampling.unwrap_or_default()),
+            stop: stop(self.stop.unwrap_or_default(), unasked),
+            logprobs: switched(
+                "logprobs.top_n",
+                "logprobs.output",
+                logprobs.output,
+                logprobs.top_n,
+            )?,
+            prompt_logprobs: switched(
+                "logprobs.prompt_top_n",
+                "logprobs.prompt",
+                logprobs.prompt,
+                logprobs.prompt_top_n,
+            )?,
+            candidates: self.candidate_count.max(1),
+            skip_special: true,
+            cache_salt: policy.cache_salt,
+            max_queue_wait: policy.max_queue_wait.map(wait).transpose()?,
+            deadline,
+        })
+    }
+}
+
+fn switched(field: &'static str, switch: &str, on: bool, top_n: u32) -> Result<Option<u32>, Invalid> {
+    match (on, top_n) {
+        (true, top_n) => Ok(Some(top_n)),
+        (false, 0) => Ok(None),
+        (false, _) => Err(Invalid::new(field, format!("needs {switch} to be true"))),
+    }
+}
+
+fn wait(wire: prost_types::Duration) -> Result<Duration, Invalid> {
+    Duration::try_from(wire).map_err(|_| Invalid::new("policy.max_queue_wait", "must not be negative"))
+}
+
+fn sampling(wire: wire::SamplingParams) -> Sampling {
+    Sampling {
+        temperature: wire.temperature,
+        top_p: wire.top_p,
+        top_k: wire.top_k,
+        min_p: wire.min_p,
+        presence_penalty: wire.presence_penalty,
+        frequency_penalty: wire.frequency_penalty,
+        repetition_penalty: wire.repetition_penalty,
+        seed: wire.seed,
+        logit_bias: wire.logit_bias.into_iter().collect(),
+    }
+}
+
+fn stop(wire: wire::StopCriteria, unasked: Unasked) -> Stop {
+    Stop {
+        max_tokens: wire.max_output_tokens,
+        unasked,
+        min_tokens: wire.min_output_tokens.unwrap_or(0),
+        strings: wire.stop_strings,
+        token_ids: wire.stop_token_ids,
+        ignore_eos: wire.ignore_eos,
+        include: wire.include_stop_in_output,
+    }
+}
+
+fn object(wire: Struct, depth: usize) -> Result<Map<String, Value>, Invalid> {
+    wire.fields
+        .into_iter()
+        .map(|(name, value)| Ok((name, json_value(value, depth + 1)?)))
+        .collect()
+}
+
+fn json_value(wire: WireValue, depth: usize) -> Result<Value, Invalid> {
+    if depth > MAX_STRUCT_DEPTH {
+        return Err(Invalid::new(
+            "template_args",
+            format!("must not be nested deeper than {MAX_STRUCT_DEPTH}"),
+        ));
+    }
+    Ok(match wire.kind {
+        None | Some(Kind::NullValue(_)) => Value::Null,
+        Some(Kind::BoolValue(on)) => on.into(),
+        // The wire has floats only; a template prints 3, not 3.0.
+        Some(Kind::NumberValue(number)) if number.fract() == 0.0 && number.abs() < 9e15 => {
+            (number as i64).into()
+        }
+        Some(Kind::NumberValue(number)) => Number::from_f64(number)
+            .ok_or_else(|| Invalid::new("template_args", "must not have numbers that are not finite"))?
+            .into(),
+        Some(Kind::StringValue(text)) => text.into(),
+        Some(Kind::StructValue(entries)) => object(entries, depth)?.into(),
+        Some(Kind::ListValue(items)) => items
+            .values
+            .into_iter()
+            .map(|item| json_value(item, depth + 1))
+            .collect::<Result<Vec<_>, _>>()?
+            .into(),
+    })
+}

@@ -1,0 +1,21 @@
+//! The front of the models: gRPC and OpenAI HTTP in, worker sessions out.
+//!
+//! Shells that own sockets and decide nothing; what is decided is in `swallow_policy` and, about text, in `text`.
+
+mod admit;
+pub mod ask;
+pub mod config;
+pub mod discover;
+pub mod dispatch;
+pub mod engine;
+pub mod fleet;
+pub mod generate;
+pub mod grpc;
+pub mod http;
+pub mod metrics;
+pub mod models;
+pub mod observe;
+pub mod openai;
+mod session;
+pub mod template;
+pub mod text;

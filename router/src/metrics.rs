@@ -1,0 +1,223 @@
+//! What the router counts, in Prometheus' form. Labels are bounded: model names are those that are served (else
+//! "other"), never what a client sent; replicas leave with their series.
+//!
+//! Everything here is fed by something; names keep the prefix `swallow_router_`.
+
+mod observer;
+mod series;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use prometheus::{Encoder, Histogram, IntCounter, IntGauge, Registry, TextEncoder};
+use tonic::Code;
+
+use series::{Calls, Dispatch, Maker, Replicas, Tokens};
+
+/// The label of a model that is not served here.
+pub const OTHER_MODEL: &str = "other";
+
+/// A part of the router's own work on a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// From bytes to a request.
+    Parse,
+    /// The chat template.
+    Template,
+    /// Text to ids, waiting for a thread included.
+    Tokenize,
+    /// Ids to text, over the whole answer.
+    Detokenize,
+}
+
+impl Stage {
+    const ALL: [Self; 4] = [Self::Parse, Self::Template, Self::Tokenize, Self::Detokenize];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Parse => "parse",
+            Self::Template => "template",
+            Self::Tokenize => "tokenize",
+            Self::Detokenize => "detokenize",
+        }
+    }
+}
+
+/// All series.
+pub struct Metrics {
+    registry: Registry,
+    calls: Calls,
+    tokens: Tokens,
+    dispatch: Dispatch,
+    replicas: Replicas,
+}
+
+impl Metrics {
+    /// All series at zero, and the process's own where the platform has them.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        #[cfg(target_os = "linux")]
+        registry
+            .register(Box::new(
+                prometheus::process_collector::ProcessCollector::for_self(),
+            ))
+            .expect("the first of its names");
+        let make = Maker(registry.clone());
+        Self {
+            calls: Calls::new(&make),
+            tokens: Tokens::new(&make),
+            dispatch: Dispatch::new(&make),
+            replicas: Replicas::new(&make),
+            registry,
+        }
+    }
+
+    /// The text that Prometheus scrapes, and its content type.
+    pub fn text(&self) -> (String, &'static str) {
+        let mut text = Vec::new();
+        TextEncoder::new()
+            .encode(&self.registry.gather(), &mut text)
+            .expect("writing to memory");
+        (
+            String::from_utf8(text).expect("the text format is UTF-8"),
+            prometheus::TEXT_FORMAT,
+        )
+    }
+
+    /// A request begins.
+    pub fn call(self: &Arc<Self>, method: &'static str) -> Call {
+        self.calls.open.with_label_values(&[method]).inc();
+        Call {
+            metrics: Arc::clone(self),
+            method,
+            model: OTHER_MODEL.to_owned(),
+            started: Instant::now(),
+            code: None,
+        }
+    }
+
+    /// The series of one model's tokens.
+    pub fn tokens(&self, model: &str) -> TokenMeter {
+        TokenMeter {
+            output: self.tokens.output.with_label_values(&[model]),
+            first: self.tokens.first.with_label_values(&[model]),
+            between: self.tokens.between.with_label_values(&[model]),
+        }
+    }
+
+    /// A request of a model started.
+    pub fn prompt(&self, model: &str, tokens: usize, cached: u32) {
+        self.tokens
+            .prompt
+            .with_label_values(&[model])
+            .inc_by(tokens as u64);
+        self.tokens
+            .cached
+            .with_label_values(&[model])
+            .inc_by(cached.into());
+    }
+
+    /// The router's own work.
+    pub fn stage(&self, stage: Stage, took: Duration) {
+        self.calls.overhead[stage as usize].observe(took.as_secs_f64());
+    }
+
+    /// Fields without effect.
+    pub fn ignored_fields(&self, method: &'static str, count: usize) {
+        self.calls
+            .ignored_fields
+            .with_label_values(&[method])
+            .inc_by(count as u64);
+    }
+
+    /// The gauge of open connections.
+    pub fn connections(&self, protocol: &'static str) -> IntGauge {
+        self.calls.connections.with_label_values(&[protocol])
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A request from its arrival to its end. Dropped without a code, its client has left.
+pub struct Call {
+    metrics: Arc<Metrics>,
+    method: &'static str,
+    model: String,
+    started: Instant,
+    code: Option<Code>,
+}
+
+impl Call {
+    /// The model is one that is served.
+    pub fn model(&mut self, name: &str) {
+        name.clone_into(&mut self.model);
+    }
+
+    /// How it ended.
+    pub fn ended(&mut self, code: Code) {
+        self.code = Some(code);
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let (metrics, method) = (&self.metrics, self.method);
+        metrics.calls.open.with_label_values(&[method]).dec();
+        metrics
+            .calls
+            .total
+            .with_label_values(&[&self.model, method, name(self.code.unwrap_or(Code::Cancelled))])
+            .inc();
+        let took = self.started.elapsed().as_secs_f64();
+        metrics
+            .calls
+            .seconds
+            .with_label_values(&[&self.model, method])
+            .observe(took);
+    }
+}
+
+/// The series of one model's tokens.
+#[derive(Clone, Debug)]
+pub struct TokenMeter {
+    output: IntCounter,
+    first: Histogram,
+    between: Histogram,
+}
+
+impl TokenMeter {
+    /// The first tokens of a request, so long after its arrival.
+    pub fn first(&self, after: Duration) {
+        self.first.observe(after.as_secs_f64());
+    }
+
+    /// Tokens of a candidate, so long after its last ones; `None` for its first.
+    pub fn tokens(&self, count: usize, since_last: Option<Duration>) {
+        self.output.inc_by(count as u64);
+        if let (Some(since), true) = (since_last, count > 0) {
+            self.between.observe(since.as_secs_f64() / count as f64);
+        }
+    }
+}
+
+/// A status code as gRPC's documents write it.
+fn name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        // No front ends a request with another one.
+        _ => "UNKNOWN",
+    }
+}

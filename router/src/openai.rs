@@ -1,0 +1,262 @@
+//! OpenAI's HTTP interface, with vLLM's additions to it, and the pages that probes and scrapers read.
+//!
+//! A field that is known is served or refused by name; one that nobody knows is named in the response's header
+//! `x-swallow-ignored-fields`. Any bearer token will do: who may ask is not decided here.
+
+mod chat;
+mod completions;
+mod error;
+mod fields;
+mod logprobs;
+mod params;
+mod render;
+mod tokens;
+
+use std::{collections::BTreeMap, time::Instant};
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{Path, Request, State},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::{
+    ask::Refusal,
+    fleet::ModelEntry,
+    generate::{Door, Fault},
+    http::read_body,
+    metrics::{Call, Stage},
+};
+use error::Problem;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const IGNORED_FIELDS: HeaderName = HeaderName::from_static("x-swallow-ignored-fields");
+const MAX_REQUEST_ID_BYTES: usize = 128;
+/// Unknown fields that a response names.
+const MAX_NAMED: usize = 32;
+/// Of an unknown field's name.
+const MAX_NAME_BYTES: usize = 64;
+
+/// What handlers share.
+#[derive(Clone)]
+struct Api {
+    door: Door,
+    max_body_bytes: usize,
+}
+
+/// All routes.
+pub fn router(door: Door, max_body_bytes: usize) -> Router {
+    let api = Api { door, max_body_bytes };
+    Router::new()
+        .route(
+            "/v1/chat/completions",
+            post(|state, request| answer(state, request, "chat.completions")),
+        )
+        .route(
+            "/v1/completions",
+            post(|state, request| answer(state, request, "completions")),
+        )
+        .route(
+            "/tokenize",
+            post(|state, request| answer(state, request, "tokenize")),
+        )
+        .route(
+            "/detokenize",
+            post(|state, request| answer(state, request, "detokenize")),
+        )
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*id}", get(model))
+        .route("/health", get(|| async { StatusCode::OK }))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn(with_request_id))
+        .with_state(api)
+}
+
+/// A request's parts that handlers need.
+struct Asked {
+    id: String,
+    body: Bytes,
+    method: &'static str,
+    /// When all of it was here.
+    at: Instant,
+}
+
+/// Fields of a request that nobody knows.
+struct Ignored(Vec<String>);
+
+impl Asked {
+    /// It is read; `names` are the fields that nobody knows.
+    fn parsed(&self, api: &Api, names: Vec<String>) -> Ignored {
+        api.door.metrics().stage(Stage::Parse, self.at.elapsed());
+        if !names.is_empty() {
+            api.door.metrics().ignored_fields(self.method, names.len());
+            tracing::info!(request_id = self.id, method = self.method, fields = ?named(&names), "unknown fields ignored");
+        }
+        Ignored(names)
+    }
+}
+
+impl Ignored {
+    fn named_in(self, mut response: Response) -> Response {
+        let names = named(&self.0).join(", ");
+        if let (false, Ok(value)) = (names.is_empty(), HeaderValue::from_str(&names)) {
+            response.headers_mut().insert(IGNORED_FIELDS, value);
+        }
+        response
+    }
+}
+
+/// Names fit for a header and a log line: the client chose them.
+fn named(names: &[String]) -> Vec<String> {
+    let plain = |c: char| if c.is_ascii_graphic() && c != ',' { c } else { '?' };
+    names
+        .iter()
+        .take(MAX_NAMED)
+        .map(|name| name.chars().take(MAX_NAME_BYTES).map(plain).collect())
+        .collect()
+}
+
+type Handled<'a> = BoxFuture<'a, Result<Response, Problem>>;
+
+async fn answer(State(api): State<Api>, request: Request, method: &'static str) -> Response {
+    let mut call = Some(api.door.metrics().call(method));
+    match handle(&api, request, method, &mut call).await {
+        Ok(response) => {
+            // Where the response is a stream, the stream has the call.
+            if let Some(call) = &mut call {
+                call.ended(tonic::Code::Ok);
+            }
+            response
+        }
+        Err(problem) => {
+            if let Some(call) = &mut call {
+                call.ended(problem.code());
+            }
+            tracing::debug!(method, %problem, "refused");
+            problem.into_response()
+        }
+    }
+}
+
+async fn handle(
+    api: &Api,
+    request: Request,
+    method: &'static str,
+    call: &mut Option<Call>,
+) -> Result<Response, Problem> {
+    let (parts, body) = request.into_parts();
+    let RequestId(id) = parts.extensions.get().cloned().unwrap_or_default();
+    let body = read_body(body, api.max_body_bytes).await?;
+    let asked = Asked {
+        id,
+        body,
+        method,
+        at: Instant::now(),
+    };
+    let handled: Handled<'_> = match method {
+        "chat.completions" => Box::pin(chat::chat(api, asked, call)),
+        "completions" => Box::pin(completions::completions(api, asked, call)),
+        "tokenize" => Box::pin(tokens::tokenize(api, asked, call)),
+        _ => Box::pin(tokens::detokenize(api, asked, call)),
+    };
+    handled.await
+}
+
+/// The client's own id, or one made here; the response carries it.
+#[derive(Clone, Debug, Default)]
+struct RequestId(String);
+
+async fn with_request_id(mut request: Request, next: Next) -> Response {
+    let id = given_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().simple().to_string());
+    request.extensions_mut().insert(RequestId(id.clone()));
+    let mut response = next.run(request).await;
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}
+
+fn given_id(headers: &HeaderMap) -> Option<String> {
+    let id = headers.get(&REQUEST_ID)?.to_str().ok()?;
+    (!id.is_empty() && id.len() <= MAX_REQUEST_ID_BYTES && id.bytes().all(|byte| byte.is_ascii_graphic()))
+        .then(|| id.to_owned())
+}
+
+/// A stream of server-sent events.
+fn sse(body: Body) -> Response {
+    let headers = [
+        (
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("text/event-stream; charset=utf-8"),
+        ),
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+        // A buffering proxy would undo the streaming.
+        (
+            HeaderName::from_static("x-accel-buffering"),
+            HeaderValue::from_static("no"),
+        ),
+    ];
+    (headers, body).into_response()
+}
+
+fn described(entry: &ModelEntry, id: &str) -> Value {
+    json!({
+        "id": id, "object": "model", "created": 0, "owned_by": "swallow", "root": entry.name, "parent": null,
+        "max_model_len": entry.max_model_len,
+    })
+}
+
+async fn models(State(api): State<Api>) -> Response {
+    let entries = api.door.models();
+    let all = entries.iter().flat_map(|entry| {
+        std::iter::once(&entry.name)
+            .chain(&entry.aliases)
+            .map(|id| described(entry, id))
+    });
+    Json(json!({"object": "list", "data": all.collect::<Vec<Value>>()})).into_response()
+}
+
+async fn model(State(api): State<Api>, Path(id): Path<String>) -> Response {
+    match api.door.model(&id) {
+        Ok(entry) => Json(described(&entry, &id)).into_response(),
+        Err(fault) => Problem::from(fault).into_response(),
+    }
+}
+
+/// Ready means: this router takes requests. Whether a model has replicas is that model's own matter, and is told.
+async fn readyz(State(api): State<Api>) -> Response {
+    if api.door.is_draining() {
+        return Problem::from(Fault::from(Refusal::ShuttingDown)).into_response();
+    }
+    let ready: BTreeMap<String, usize> = api
+        .door
+        .models()
+        .iter()
+        .map(|entry| (entry.name.clone(), entry.ready_replicas))
+        .collect();
+    Json(json!({"ready": true, "ready_replicas": ready})).into_response()
+}
+
+async fn metrics(State(api): State<Api>) -> Response {
+    let (text, content_type) = api.door.metrics().text();
+    ([(header::CONTENT_TYPE, content_type)], text).into_response()
+}
+
+async fn no_route(uri: Uri) -> Response {
+    Problem::NoRoute(format!("there is nothing at {}", uri.path())).into_response()
+}
+
+async fn no_method(method: Method, uri: Uri) -> Response {
+    Problem::NoMethod(format!("{method} is not allowed at {}", uri.path())).into_response()
+}

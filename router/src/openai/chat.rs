@@ -1,0 +1,382 @@
+//! /v1/chat/completions.
+
+use std::convert::Infallible;
+
+use axum::{
+    Json,
+    body::Body,
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures::Stream;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::{
+    Api, Asked,
+    error::Problem,
+    fields::Fields,
+    logprobs::{ChatLogprobs, Entries, Naming, RankedToken, prompt_logprobs},
+    params::Common,
+    render::{DONE, Head, StopReason, UsageBody, ended, event, one_event},
+    sse,
+};
+use crate::{
+    generate::{Chat, Fault, Input, Invalid, Piece, Reply, Unasked},
+    metrics::Call,
+};
+
+const MAX_MESSAGES: usize = 4096;
+const MAX_ROLE_BYTES: usize = 64;
+
+/// What the response is made of, beside the answer.
+struct Shape {
+    head: Head,
+    /// Alternatives of each token, where log-probabilities were asked for.
+    top: Option<u32>,
+    prompt_top: Option<u32>,
+    ids_as_names: bool,
+    include_usage: bool,
+}
+
+#[derive(Serialize)]
+struct Completion<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<Choice>,
+    usage: UsageBody,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Vec<Option<Entries<RankedToken>>>>,
+}
+
+#[derive(Serialize)]
+struct Choice {
+    index: usize,
+    message: Message,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: &'static str,
+    stop_reason: Option<StopReason>,
+}
+
+#[derive(Serialize)]
+struct Message {
+    role: &'static str,
+    content: String,
+    /// Always null: no refusals are told apart from answers.
+    refusal: Option<()>,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<ChunkChoice>,
+    /// null in all chunks but the last, where usage was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice {
+    index: u32,
+    delta: Delta,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<StopReason>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+}
+
+/// Answers a conversation. The call is taken where the response goes on after this returns.
+pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
+    let mut fields = Fields::parse(&asked.body)?;
+    let common = Common::read(&mut fields, Unasked::ContextEnd)?;
+    let top = top(&mut fields)?;
+    let chat = conversation(&mut fields)?;
+    let ignored = asked.parsed(api, fields.finish()?);
+    let prompt_top = common.prompt_logprobs;
+    let prepared = api
+        .door
+        .prepare(common.request(Input::Chat(chat), top, prompt_top))
+        .await?;
+    if let Some(call) = call {
+        call.model(&prepared.entry.name);
+    }
+    let head = Head::new("chatcmpl", &asked.id, &prepared.entry.name);
+    let shape = Shape {
+        head,
+        top,
+        prompt_top,
+        ids_as_names: common.ids_as_names,
+        include_usage: common.include_usage,
+    };
+    let mut reply = api.door.start(prepared).await?;
+    let response = if common.stream {
+        // The first piece decides the status: what fails before it is an error response, not a broken stream.
+        let first = reply.next().await?;
+        sse(Body::from_stream(stream(shape, reply, first, call.take())))
+    } else {
+        whole(&shape, reply).await?
+    };
+    Ok(ignored.named_in(response))
+}
+
+/// `logprobs` is a switch here and `top_logprobs` the number.
+fn top(fields: &mut Fields) -> Result<Option<u32>, Invalid> {
+    let on = fields.bool("logprobs")?.unwrap_or(false);
+    let top = fields.count("top_logprobs")?;
+    match (on, top) {
+        (false, Some(1..)) => Err(Invalid::new("top_logprobs", "needs logprobs to be true")),
+        (false, _) => Ok(None),
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+    }
+}
+
+/// The conversation's own fields, here and in /tokenize.
+pub(super) fn conversation(fields: &mut Fields) -> Result<Chat, Invalid> {
+    let messages = fields.array("messages")?.unwrap_or_default();
+    if messages.is_empty() || messages.len() > MAX_MESSAGES {
+        return Err(Invalid::new(
+            "messages",
+            format!("must be a list of 1 to {MAX_MESSAGES} messages"),
+        ));
+    }
+    let args = fields.object("chat_template_kwargs")?.unwrap_or_default();
+    if let Some(name) = ["messages", "add_generation_prompt"]
+        .into_iter()
+        .find(|name| args.contains_key(*name))
+    {
+        return Err(Invalid::new(
+            "chat_template_kwargs",
+            format!("must not have '{name}', a field of its own"),
+        ));
+    }
+    Ok(Chat {
+        messages: messages
+            .into_iter()
+            .enumerate()
+            .map(|(i, value)| message(i, value))
+            .collect::<Result<_, _>>()?,
+        args,
+        add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(true),
+        add_special: fields.bool("add_special_tokens")?.unwrap_or(false),
+    })
+}
+
+/// A message whose content is one text. What else it holds goes to the template as it is.
+fn message(i: usize, value: Value) -> Result<Value, Invalid> {
+    let field = |name: &str| format!("messages[{i}].{name}");
+    let Value::Object(mut message) = value else {
+        return Err(Invalid::new(
+            format!("messages[{i}]"),
+            "must be an object with role and content",
+        ));
+    };
+    match message.get("role").and_then(Value::as_str) {
+        Some(role) if !role.is_empty() && role.len() <= MAX_ROLE_BYTES => {}
+        _ => {
+            return Err(Invalid::new(
+                field("role"),
+                format!("must be a string of 1 to {MAX_ROLE_BYTES} bytes"),
+            ));
+        }
+    }
+    for unserved in ["tool_calls", "function_call", "audio"] {
+        match message.remove(unserved) {
+            None | Some(Value::Null) => {}
+            Some(Value::Array(items)) if items.is_empty() => {}
+            Some(_) => {
+                return Err(Invalid::unsupported(
+                    field(unserved),
+                    "tool calls and audio are not supported",
+                ));
+            }
+        }
+    }
+    let content = match message.get("content") {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Array(parts)) => {
+            let texts: Vec<&str> = parts
+                .iter()
+                .enumerate()
+                .map(|(p, part)| {
+                    text_part(part).ok_or_else(|| {
+                        let why = "must be {\"type\": \"text\", \"text\": ...}: only text goes in";
+                        Invalid::unsupported(format!("messages[{i}].content[{p}]"), why)
+                    })
+                })
+                .collect::<Result<_, _>>()?;
+            texts.join("\n")
+        }
+        Some(_) => {
+            return Err(Invalid::new(
+                field("content"),
+                "must be a string or a list of text parts",
+            ));
+        }
+    };
+    message.insert("content".to_owned(), Value::String(content));
+    Ok(Value::Object(message))
+}
+
+fn text_part(part: &Value) -> Option<&str> {
+    let part: &Map<String, Value> = part.as_object()?;
+    (part.get("type")?.as_str()? == "text").then(|| part.get("text")?.as_str())?
+}
+
+async fn whole(shape: &Shape, reply: Reply) -> Result<Response, Problem> {
+    let text = std::sync::Arc::clone(&reply.text);
+    let naming = Naming {
+        tokenizer: &text.tokenizer,
+        by_id: shape.ids_as_names,
+    };
+    let (scores, answers, usage) = reply.collect().await?;
+    let choices = answers.into_iter().enumerate().map(|(index, answer)| {
+        let (finish_reason, stop_reason) = ended(&answer.end);
+        Choice {
+            index,
+            logprobs: shape
+                .top
+                .map(|top| ChatLogprobs::new(naming, &answer.tokens, top)),
+            message: Message {
+                role: "assistant",
+                content: answer.text,
+                refusal: None,
+            },
+            finish_reason,
+            stop_reason,
+        }
+    });
+    let Head { id, created, model } = &shape.head;
+    let completion = Completion {
+        id,
+        object: "chat.completion",
+        created: *created,
+        model,
+        choices: choices.collect(),
+        usage: UsageBody::new([usage]),
+        prompt_logprobs: shape.prompt_top.map(|top| prompt_logprobs(naming, &scores, top)),
+    };
+    Ok(Json(completion).into_response())
+}
+
+fn stream(
+    shape: Shape,
+    mut reply: Reply,
+    first: Option<Piece>,
+    mut call: Option<Call>,
+) -> impl Stream<Item = Result<Bytes, Infallible>> {
+    async_stream::stream! {
+        let mut next: Result<_, Fault> = Ok(first);
+        let code = loop {
+            match next {
+                Ok(Some(piece)) => {
+                    let mut out = Vec::new();
+                    shape.chunks(&mut out, &reply, piece);
+                    if !out.is_empty() {
+                        yield Ok(Bytes::from(out));
+                    }
+                }
+                Ok(None) => {
+                    if shape.include_usage {
+                        let usage = Some(UsageBody::new([reply.usage()]));
+                        yield Ok(one_event(&shape.chunk(Vec::new(), Some(usage))));
+                    }
+                    yield Ok(Bytes::from_static(DONE.as_bytes()));
+                    break tonic::Code::Ok;
+                }
+                Err(fault) => {
+                    let code = fault.code();
+                    yield Ok(one_event(&Problem::Fault(fault).body()));
+                    break code;
+                }
+            }
+            next = reply.next().await;
+        };
+        if let Some(call) = &mut call {
+            call.ended(code);
+        }
+    }
+}
+
+impl Shape {
+    fn chunk(&self, choices: Vec<ChunkChoice>, usage: Option<Option<UsageBody>>) -> Chunk<'_> {
+        let Head { id, created, model } = &self.head;
+        Chunk {
+            id,
+            object: "chat.completion.chunk",
+            created: *created,
+            model,
+            choices,
+            usage,
+        }
+    }
+
+    fn chunks(&self, out: &mut Vec<u8>, reply: &Reply, piece: Piece) {
+        let choice = |index, delta| ChunkChoice {
+            index,
+            delta,
+            logprobs: None,
+            finish_reason: None,
+            stop_reason: None,
+        };
+        let mut one =
+            |choice: ChunkChoice| event(out, &self.chunk(vec![choice], self.include_usage.then_some(None)));
+        match piece {
+            Piece::Started { .. } => {
+                for index in 0..reply.candidates() as u32 {
+                    one(choice(
+                        index,
+                        Delta {
+                            role: Some("assistant"),
+                            content: Some(String::new()),
+                        },
+                    ));
+                }
+            }
+            Piece::PromptScores(_) => {}
+            Piece::Delta {
+                candidate,
+                text,
+                tokens,
+            } => {
+                let naming = Naming {
+                    tokenizer: &reply.text.tokenizer,
+                    by_id: self.ids_as_names,
+                };
+                let logprobs = self.top.map(|top| ChatLogprobs::new(naming, &tokens, top));
+                if !text.is_empty() || logprobs.is_some() {
+                    let delta = Delta {
+                        role: None,
+                        content: Some(text),
+                    };
+                    one(ChunkChoice {
+                        logprobs,
+                        ..choice(candidate, delta)
+                    });
+                }
+            }
+            Piece::Finished { candidate, end } => {
+                let (finish_reason, stop_reason) = ended(&end);
+                let finish_reason = Some(finish_reason);
+                one(ChunkChoice {
+                    finish_reason,
+                    stop_reason,
+                    ..choice(candidate, Delta::default())
+                });
+            }
+        }
+    }
+}

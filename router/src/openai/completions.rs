@@ -1,0 +1,466 @@
+//! /v1/completions: one prompt or many, as texts or token ids.
+//!
+//! Each prompt is a request of its own below; here they are one, with choices numbered prompt by prompt.
+
+use std::{convert::Infallible, sync::Arc};
+
+use axum::{
+    Json,
+    body::Body,
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures::{Stream, StreamExt, TryStreamExt, stream};
+use serde::Serialize;
+use serde_json::Value;
+use tonic::Code;
+
+use super::{
+    Api, Asked,
+    error::Problem,
+    fields::{Fields, ids},
+    logprobs::{Entries, Naming, RankedToken, TextLogprobs, prompt_logprobs},
+    params::Common,
+    render::{DONE, Head, StopReason, UsageBody, ended, event, one_event},
+    sse,
+};
+use crate::{
+    ask::Score,
+    generate::{Answer, Fault, Input, Invalid, Piece, Prepared, Reply, Unasked, Usage},
+    metrics::Call,
+    models::ModelText,
+    text::{StopSet, Transcript, Wording},
+};
+
+/// What OpenAI's interface gives where no length is asked for.
+const DEFAULT_TOKENS: u32 = 16;
+/// Choices of one request: prompts times n.
+const MAX_CHOICES: usize = 4096;
+/// Prompts of one request that are waiting or running at once.
+const AT_ONCE: usize = 256;
+
+/// What a response is made of, beside the answers.
+struct Shape {
+    head: Head,
+    n: u32,
+    echo: bool,
+    /// Alternatives of each token, where log-probabilities were asked for.
+    top: Option<u32>,
+    prompt_top: Option<u32>,
+    ids_as_names: bool,
+    include_usage: bool,
+    skip_special: bool,
+    /// Scores of the prompt come before its output.
+    scored: bool,
+}
+
+#[derive(Serialize)]
+struct Completion<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<Choice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<UsageBody>>,
+}
+
+#[derive(Serialize)]
+struct Choice {
+    index: u32,
+    text: String,
+    logprobs: Option<TextLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Vec<Option<Entries<RankedToken>>>>,
+}
+
+/// A prompt as an echo shows it; empty without one.
+struct Shown {
+    text: String,
+    /// Of each token, in characters.
+    offsets: Vec<u32>,
+    /// Of all of it.
+    chars: u32,
+}
+
+/// A prompt on its way.
+struct One {
+    index: u32,
+    prepared: Prepared,
+    /// The prompt's own text, if it was one.
+    text: Option<String>,
+}
+
+/// Answers prompts. The call is taken where the response goes on after this returns.
+pub(super) async fn completions(
+    api: &Api,
+    asked: Asked,
+    call: &mut Option<Call>,
+) -> Result<Response, Problem> {
+    let mut fields = Fields::parse(&asked.body)?;
+    let common = Common::read(&mut fields, Unasked::Tokens(DEFAULT_TOKENS))?;
+    let top = fields.count("logprobs")?;
+    let echo = fields.bool("echo")?.unwrap_or(false);
+    let add_special = fields.bool("add_special_tokens")?.unwrap_or(true);
+    let prompts = prompts(&mut fields, add_special)?;
+    best_of(&mut fields, common.n)?;
+    let ignored = asked.parsed(api, fields.finish()?);
+    if prompts.len().saturating_mul(common.n as usize) > MAX_CHOICES {
+        return Err(Invalid::new("prompt", format!("prompts times n must be at most {MAX_CHOICES}")).into());
+    }
+    // An echo with log-probabilities needs the prompt's; an echo of no output at all needs some work to do.
+    let for_echo = if echo {
+        top.or((common.stop.max_tokens == Some(0)).then_some(0))
+    } else {
+        None
+    };
+    let prompt_top = for_echo.max(common.prompt_logprobs);
+    let mut ones = Vec::with_capacity(prompts.len());
+    for (index, input) in (0..).zip(prompts) {
+        let text = if let Input::Text { text, .. } = &input {
+            Some(text.clone())
+        } else {
+            None
+        };
+        let prepared = api.door.prepare(common.request(input, top, prompt_top)).await?;
+        ones.push(One {
+            index,
+            prepared,
+            text,
+        });
+    }
+    let model = &ones
+        .first()
+        .expect("no list of prompts is empty")
+        .prepared
+        .entry
+        .name;
+    if let Some(call) = call {
+        call.model(model);
+    }
+    let shape = Shape {
+        head: Head::new("cmpl", &asked.id, model),
+        n: common.n,
+        echo,
+        top,
+        prompt_top: common.prompt_logprobs,
+        ids_as_names: common.ids_as_names,
+        include_usage: common.include_usage,
+        skip_special: common.skip_special,
+        scored: prompt_top.is_some(),
+    };
+    let response = if common.stream {
+        let shape = Arc::new(shape);
+        let mut pieces = Box::pin(pieces(api.clone(), Arc::clone(&shape), ones));
+        // The first piece decides the status.
+        let first = pieces.next().await.transpose()?;
+        sse(Body::from_stream(events(
+            shape,
+            stream::iter(first.map(Ok)).chain(pieces),
+            call.take(),
+        )))
+    } else {
+        whole(api, &shape, ones).await?
+    };
+    Ok(ignored.named_in(response))
+}
+
+/// A text, texts, token ids, or lists of token ids.
+fn prompts(fields: &mut Fields, add_special: bool) -> Result<Vec<Input>, Invalid> {
+    let text = |text: &str| Input::Text {
+        text: text.to_owned(),
+        add_special,
+    };
+    let prompts = match fields.take("prompt") {
+        Some(Value::String(one)) => Some(vec![text(&one)]),
+        Some(Value::Array(items)) => match items.first() {
+            Some(Value::String(_)) => items.iter().map(|item| item.as_str().map(text)).collect(),
+            Some(Value::Number(_)) => ids(&items).map(|ids| vec![Input::Tokens(ids)]),
+            Some(Value::Array(_)) => items
+                .iter()
+                .map(|item| Some(Input::Tokens(ids(item.as_array()?)?)))
+                .collect(),
+            _ => None,
+        },
+        _ => None,
+    };
+    prompts.ok_or_else(|| {
+        Invalid::new(
+            "prompt",
+            "must be a string, a list of strings, a list of token ids, or a list of such lists",
+        )
+    })
+}
+
+/// As many as are returned, or nothing, is what is done anyway.
+fn best_of(fields: &mut Fields, n: u32) -> Result<(), Invalid> {
+    match fields.count("best_of")? {
+        Some(best_of) if best_of != n => {
+            let why = "choosing among more answers than are returned is not supported; use n";
+            Err(Invalid::unsupported("best_of", why))
+        }
+        _ => Ok(()),
+    }
+}
+
+async fn whole(api: &Api, shape: &Shape, ones: Vec<One>) -> Result<Response, Problem> {
+    // In the order in which they end, so that a prompt that fails drops, and so cancels, all others at once.
+    let answers = stream::iter(ones)
+        .map(|one| answered(api, shape, one))
+        .buffer_unordered(AT_ONCE);
+    let mut done: Vec<(Vec<Choice>, Usage)> = answers.try_collect().await?;
+    done.sort_by_key(|(choices, _)| choices.first().map(|choice| choice.index));
+    let (choices, usages): (Vec<_>, Vec<_>) = done.into_iter().unzip();
+    let usage = Some(Some(UsageBody::new(usages)));
+    Ok(Json(shape.completion(choices.into_iter().flatten().collect(), usage)).into_response())
+}
+
+async fn answered(api: &Api, shape: &Shape, one: One) -> Result<(Vec<Choice>, Usage), Fault> {
+    let One {
+        index,
+        prepared,
+        text,
+    } = one;
+    let (model, prompt) = (Arc::clone(&prepared.text), Arc::clone(prepared.prompt()));
+    let (scores, answers, usage) = api.door.start(prepared).await?.collect().await?;
+    let shown = shape.shown(&model, &prompt, text.as_deref());
+    let choices = (index * shape.n..).zip(answers);
+    let choices =
+        choices.map(|(index, answer)| shape.choice(index, &model, &prompt, &shown, &scores, answer));
+    Ok((choices.collect(), usage))
+}
+
+/// What one of the prompts has to say.
+enum Said {
+    Piece(Piece),
+    Done(Usage),
+}
+
+/// What is needed of a running prompt to write its pieces.
+struct Running {
+    index: u32,
+    shown: Shown,
+    model: Arc<ModelText>,
+    prompt: Arc<[u32]>,
+}
+
+type Told = (Arc<Running>, Said);
+
+/// The pieces of all prompts, as they come; after a fault there is nothing more.
+fn pieces(api: Api, shape: Arc<Shape>, ones: Vec<One>) -> impl Stream<Item = Result<Told, Fault>> + Send {
+    stream::iter(ones)
+        .map(move |one| {
+            let (api, shape) = (api.clone(), Arc::clone(&shape));
+            async move {
+                let One {
+                    index,
+                    prepared,
+                    text,
+                } = one;
+                let reply = api.door.start(prepared).await?;
+                let (model, prompt) = (Arc::clone(&reply.text), Arc::clone(&reply.prompt));
+                let running = Running {
+                    index,
+                    shown: shape.shown(&model, &prompt, text.as_deref()),
+                    model,
+                    prompt,
+                };
+                Ok::<_, Fault>((Arc::new(running), reply))
+            }
+        })
+        .buffer_unordered(AT_ONCE)
+        .flat_map_unordered(None, |started| match started {
+            Ok((running, reply)) => told(running, reply).boxed(),
+            Err(fault) => stream::iter([Err(fault)]).boxed(),
+        })
+}
+
+fn told(running: Arc<Running>, mut reply: Reply) -> impl Stream<Item = Result<Told, Fault>> {
+    async_stream::stream! {
+        loop {
+            let running = Arc::clone(&running);
+            match reply.next().await {
+                Ok(Some(piece)) => yield Ok((running, Said::Piece(piece))),
+                Ok(None) => {
+                    yield Ok((running, Said::Done(reply.usage())));
+                    break;
+                }
+                Err(fault) => {
+                    yield Err(fault);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+fn events(
+    shape: Arc<Shape>,
+    pieces: impl Stream<Item = Result<Told, Fault>> + Send,
+    mut call: Option<Call>,
+) -> impl Stream<Item = Result<Bytes, Infallible>> {
+    async_stream::stream! {
+        let mut pieces = Box::pin(pieces);
+        let mut usages = Vec::new();
+        let code = loop {
+            match pieces.next().await {
+                Some(Ok((_, Said::Done(usage)))) => usages.push(usage),
+                Some(Ok((running, Said::Piece(piece)))) => {
+                    let mut out = Vec::new();
+                    shape.chunks(&mut out, &running, piece);
+                    if !out.is_empty() {
+                        yield Ok(Bytes::from(out));
+                    }
+                }
+                None => {
+                    if shape.include_usage {
+                        let usage = UsageBody::new(std::mem::take(&mut usages));
+                        yield Ok(one_event(&shape.completion(Vec::new(), Some(Some(usage)))));
+                    }
+                    yield Ok(Bytes::from_static(DONE.as_bytes()));
+                    break Code::Ok;
+                }
+                Some(Err(fault)) => {
+                    // The other prompts' work is of no use to anybody now.
+                    drop(pieces);
+                    let code = fault.code();
+                    yield Ok(one_event(&Problem::Fault(fault).body()));
+                    break code;
+                }
+            }
+        };
+        if let Some(call) = &mut call {
+            call.ended(code);
+        }
+    }
+}
+
+impl Shape {
+    fn completion(&self, choices: Vec<Choice>, usage: Option<Option<UsageBody>>) -> Completion<'_> {
+        let Head { id, created, model } = &self.head;
+        Completion {
+            id,
+            object: "text_completion",
+            created: *created,
+            model,
+            choices,
+            usage,
+        }
+    }
+
+    fn naming<'a>(&self, model: &'a ModelText) -> Naming<'a> {
+        Naming {
+            tokenizer: &model.tokenizer,
+            by_id: self.ids_as_names,
+        }
+    }
+
+    /// The prompt as an echo shows it; empty without one.
+    fn shown(&self, model: &ModelText, prompt: &[u32], text: Option<&str>) -> Shown {
+        if !self.echo {
+            return Shown {
+                text: String::new(),
+                offsets: Vec::new(),
+                chars: 0,
+            };
+        }
+        let wording = Wording {
+            skip_special: self.skip_special,
+            include_stop: false,
+            min_tokens: 0,
+            stops: StopSet::new(Vec::new()),
+        };
+        let mut transcript = Transcript::new(Arc::clone(&model.tokenizer), Arc::new(wording));
+        let mut unused = String::new();
+        let offsets = prompt
+            .iter()
+            .map(|&token| transcript.push(token, &mut unused).offset)
+            .collect();
+        let text = match text {
+            Some(text) => text.to_owned(),
+            None => String::from_utf8_lossy(&model.tokenizer.decode(prompt, self.skip_special)).into_owned(),
+        };
+        let chars = text.chars().count() as u32;
+        Shown { text, offsets, chars }
+    }
+
+    fn choice(
+        &self,
+        index: u32,
+        model: &ModelText,
+        prompt: &[u32],
+        shown: &Shown,
+        scores: &[Score],
+        answer: Answer,
+    ) -> Choice {
+        let naming = self.naming(model);
+        let logprobs = self.top.map(|top| {
+            let mut logprobs = TextLogprobs::default();
+            if self.echo {
+                logprobs.prompt(naming, prompt, &shown.offsets, scores, top);
+            }
+            logprobs.output(naming, &answer.tokens, shown.chars, top);
+            logprobs
+        });
+        let (finish_reason, stop_reason) = ended(&answer.end);
+        Choice {
+            index,
+            text: shown.text.clone() + &answer.text,
+            logprobs,
+            finish_reason: Some(finish_reason),
+            stop_reason,
+            prompt_logprobs: self.prompt_top.map(|top| prompt_logprobs(naming, scores, top)),
+        }
+    }
+
+    fn chunks(&self, out: &mut Vec<u8>, running: &Running, piece: Piece) {
+        let naming = self.naming(&running.model);
+        let mut one = |candidate: u32, text: String, logprobs: Option<TextLogprobs>, end: Option<_>| {
+            let (finish_reason, stop_reason) = end.unzip();
+            let choice = Choice {
+                index: running.index * self.n + candidate,
+                text,
+                logprobs,
+                finish_reason,
+                stop_reason: stop_reason.flatten(),
+                prompt_logprobs: None,
+            };
+            event(
+                out,
+                &self.completion(vec![choice], self.include_usage.then_some(None)),
+            );
+        };
+        let shown = &running.shown;
+        match piece {
+            Piece::Started { .. } if self.echo && !self.scored => {
+                (0..self.n).for_each(|candidate| one(candidate, shown.text.clone(), None, None));
+            }
+            Piece::PromptScores(scores) if self.echo => {
+                let logprobs = self.top.map(|top| {
+                    let mut logprobs = TextLogprobs::default();
+                    logprobs.prompt(naming, &running.prompt, &shown.offsets, &scores, top);
+                    logprobs
+                });
+                (0..self.n).for_each(|candidate| one(candidate, shown.text.clone(), logprobs.clone(), None));
+            }
+            Piece::Started { .. } | Piece::PromptScores(_) => {}
+            Piece::Delta {
+                candidate,
+                text,
+                tokens,
+            } => {
+                let logprobs = self.top.map(|top| {
+                    let mut logprobs = TextLogprobs::default();
+                    logprobs.output(naming, &tokens, shown.chars, top);
+                    logprobs
+                });
+                if !text.is_empty() || logprobs.is_some() {
+                    one(candidate, text, logprobs, None);
+                }
+            }
+            Piece::Finished { candidate, end } => one(candidate, String::new(), None, Some(ended(&end))),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Faults in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}` under the status that fits.
+
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Value, json};
+use tonic::Code;
+
+use crate::{
+    ask::Refusal,
+    generate::{Fault, Invalid},
+    http::BodyError,
+};
+
+/// Why a request gets no answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Problem {
+    #[error(transparent)]
+    Fault(#[from] Fault),
+    #[error(transparent)]
+    Body(#[from] BodyError),
+    #[error("{0}")]
+    NoRoute(String),
+    #[error("{0}")]
+    NoMethod(String),
+}
+
+impl From<Invalid> for Problem {
+    fn from(invalid: Invalid) -> Self {
+        Self::Fault(invalid.into())
+    }
+}
+
+impl Problem {
+    pub(super) fn code(&self) -> Code {
+        match self {
+            Self::Fault(fault) => fault.code(),
+            Self::Body(_) | Self::NoMethod(_) => Code::InvalidArgument,
+            Self::NoRoute(_) => Code::NotFound,
+        }
+    }
+
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Fault(fault) => status(fault.code()),
+            Self::Body(BodyError::TooLarge(_)) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(BodyError::Broken(_)) => StatusCode::BAD_REQUEST,
+            Self::NoRoute(_) => StatusCode::NOT_FOUND,
+            Self::NoMethod(_) => StatusCode::METHOD_NOT_ALLOWED,
+        }
+    }
+
+    /// The error's object, as a body or as the last event of a stream.
+    pub(super) fn body(&self) -> Value {
+        let status = self.status();
+        let (reason, param) = match self {
+            Self::Fault(fault) => (fault.reason().to_ascii_lowercase(), param(fault)),
+            Self::Body(BodyError::TooLarge(_)) => ("body_too_large".to_owned(), None),
+            Self::Body(_) => ("body_incomplete".to_owned(), None),
+            Self::NoRoute(_) => ("no_such_path".to_owned(), None),
+            Self::NoMethod(_) => ("method_not_allowed".to_owned(), None),
+        };
+        let kind = match status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_client_error() => "invalid_request_error",
+            _ => "server_error",
+        };
+        json!({"error": {"message": self.to_string(), "type": kind, "param": param, "code": reason}})
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = (self.status(), Json(self.body())).into_response();
+        if let Self::Fault(fault) = &self
+            && let Some(after) = fault.retry_after()
+        {
+            // Whole seconds, up: a client that comes too early is refused again.
+            let seconds = after.as_millis().div_ceil(1000) as u64;
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+fn param(fault: &Fault) -> Option<String> {
+    match fault {
+        Fault::Invalid(invalid) => Some(invalid.field.to_string()),
+        Fault::Refused(Refusal::UnknownModel(_)) => Some("model".to_owned()),
+        _ => None,
+    }
+}
+
+fn status(code: Code) -> StatusCode {
+    match code {
+        Code::Ok => StatusCode::OK,
+        Code::InvalidArgument => StatusCode::BAD_REQUEST,
+        Code::NotFound => StatusCode::NOT_FOUND,
+        Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
+        Code::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        Code::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}

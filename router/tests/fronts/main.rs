@@ -1,0 +1,6 @@
+//! Both fronts over real sockets, before an engine that says what the test wants.
+
+mod grpc;
+mod openai;
+#[path = "../support/mod.rs"]
+mod support;

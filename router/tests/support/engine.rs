@@ -1,0 +1,290 @@
+//! A scripted engine behind real sockets: what it says is the test's, how it is said is the router's.
+
+use std::{
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{FutureExt, Stream, StreamExt, future::BoxFuture, stream, stream::BoxStream};
+use swallow_policy::ModelId;
+use swallow_router::{
+    ask::{Ask, Event, Failure, Finish, Refusal, Score},
+    engine::{Engine, Run},
+    fleet::{ModelEntry, ModelFile, ModelFiles},
+    generate::Door,
+    grpc::{self, Health},
+    http::{self, Protocol, ShutdownHandle},
+    metrics::Metrics,
+    openai,
+};
+use tokio::{net::TcpListener, sync::Notify};
+
+use super::{EOS, byte_tokenizer, tokenizer_config};
+
+/// The scripted model's context.
+pub const CONTEXT: u32 = 512;
+/// Its first served name.
+pub const MODEL: &str = "tiny";
+/// Largest request body.
+pub const MAX_BODY: usize = 64 << 10;
+
+/// What comes of a request.
+pub type Events = BoxStream<'static, Result<Event, Failure>>;
+type Script = Box<dyn Fn(&Ask) -> Result<Events, Refusal> + Send + Sync>;
+
+/// What the engine has seen.
+#[derive(Default)]
+pub struct Seen {
+    asks: Mutex<Vec<Ask>>,
+    stopped: Mutex<Vec<u32>>,
+    dropped: AtomicUsize,
+    drop_notice: Notify,
+}
+
+impl Seen {
+    /// All requests so far.
+    pub fn asks(&self) -> Vec<Ask> {
+        self.asks.lock().expect("not poisoned").clone()
+    }
+
+    /// The latest request.
+    pub fn ask(&self) -> Ask {
+        self.asks().pop().expect("a request was made")
+    }
+
+    /// Candidates that were stopped.
+    pub fn stopped(&self) -> Vec<u32> {
+        self.stopped.lock().expect("not poisoned").clone()
+    }
+
+    /// Returns when so many runs are gone.
+    pub async fn all_dropped(&self, runs: usize) {
+        let wait = async {
+            loop {
+                let notice = self.drop_notice.notified();
+                if self.dropped.load(Ordering::Acquire) >= runs {
+                    return;
+                }
+                notice.await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), wait)
+            .await
+            .expect("the runs are dropped");
+    }
+}
+
+struct Scripted {
+    script: Script,
+    entries: Vec<Arc<ModelEntry>>,
+    seen: Arc<Seen>,
+}
+
+struct ScriptedRun {
+    events: Events,
+    seen: Arc<Seen>,
+}
+
+impl Stream for ScriptedRun {
+    type Item = Result<Event, Failure>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.events.poll_next_unpin(cx)
+    }
+}
+
+impl Run for ScriptedRun {
+    fn stop(&mut self, candidate: u32) {
+        self.seen.stopped.lock().expect("not poisoned").push(candidate);
+    }
+}
+
+impl Drop for ScriptedRun {
+    fn drop(&mut self) {
+        self.seen.dropped.fetch_add(1, Ordering::AcqRel);
+        self.seen.drop_notice.notify_waiters();
+    }
+}
+
+impl Engine for Scripted {
+    fn models(&self) -> Vec<Arc<ModelEntry>> {
+        self.entries.clone()
+    }
+
+    fn model(&self, name: &str) -> Option<Arc<ModelEntry>> {
+        let named =
+            |entry: &&Arc<ModelEntry>| entry.name == name || entry.aliases.iter().any(|alias| alias == name);
+        self.entries.iter().find(named).cloned()
+    }
+
+    fn generate(&self, ask: Ask) -> BoxFuture<'static, Result<Box<dyn Run>, Refusal>> {
+        let events = (self.script)(&ask);
+        self.seen.asks.lock().expect("not poisoned").push(ask);
+        let seen = Arc::clone(&self.seen);
+        async move {
+            Ok(Box::new(ScriptedRun {
+                events: events?,
+                seen,
+            }) as Box<dyn Run>)
+        }
+        .boxed()
+    }
+}
+
+/// A router before a scripted engine.
+pub struct Router {
+    /// Where HTTP is.
+    pub http: SocketAddr,
+    /// Where gRPC is.
+    pub grpc: SocketAddr,
+    /// What the engine saw.
+    pub seen: Arc<Seen>,
+    /// Where requests enter.
+    pub door: Door,
+    /// Ends both servers.
+    pub shutdown: ShutdownHandle,
+    /// The two servers; true if they finished all that ran.
+    pub servers: Vec<tokio::task::JoinHandle<bool>>,
+}
+
+fn file(text: String) -> ModelFile {
+    // Any name that is its own will do here.
+    ModelFile {
+        digest: format!("{:x}", text.len()),
+        bytes: Bytes::from(text),
+    }
+}
+
+fn entry(id: u32, name: &str, aliases: &[&str], files: Option<Arc<ModelFiles>>) -> Arc<ModelEntry> {
+    Arc::new(ModelEntry {
+        name: name.to_owned(),
+        aliases: aliases.iter().map(ToString::to_string).collect(),
+        max_model_len: CONTEXT,
+        vocab_size: 262,
+        eos_token_ids: vec![EOS],
+        ready_replicas: usize::from(files.is_some()),
+        files,
+        id: ModelId(id),
+        block_sizes: vec![16],
+    })
+}
+
+/// Starts a router on free ports. Besides `MODEL` it knows "absent", which never had a replica, and "mute", whose
+/// files have no tokenizer.
+pub async fn start(script: impl Fn(&Ask) -> Result<Events, Refusal> + Send + Sync + 'static) -> Router {
+    let files: ModelFiles = [
+        ("tokenizer.json".to_owned(), file(byte_tokenizer().to_string())),
+        (
+            "tokenizer_config.json".to_owned(),
+            file(tokenizer_config().to_string()),
+        ),
+    ]
+    .into_iter()
+    .collect();
+    let entries = vec![
+        entry(0, MODEL, &["org/alias"], Some(Arc::new(files))),
+        entry(1, "absent", &[], None),
+        entry(2, "mute", &[], Some(Arc::new(ModelFiles::default()))),
+    ];
+    let seen = Arc::new(Seen::default());
+    let metrics = Arc::new(Metrics::new());
+    let engine = Scripted {
+        script: Box::new(script),
+        entries,
+        seen: Arc::clone(&seen),
+    };
+    let door = Door::new(Arc::new(engine), Arc::clone(&metrics));
+    let (shutdown, watch) = ShutdownHandle::new();
+    let health = Health::new();
+    let http = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let grpc = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let addresses = [&http, &grpc].map(|listener| listener.local_addr().expect("bound"));
+    let servers = [
+        (http, Protocol::Http, openai::router(door.clone(), MAX_BODY)),
+        (grpc, Protocol::Grpc, grpc::router(&door, &health, MAX_BODY)),
+    ];
+    let serve = |(listener, protocol, router): (TcpListener, Protocol, axum::Router)| {
+        let open = metrics.connections(protocol.label());
+        tokio::spawn(http::serve(listener, protocol, router, open, watch.clone()))
+    };
+    tokio::spawn(health.watch(door.clone()));
+    let servers = servers.into_iter().map(serve).collect();
+    Router {
+        http: addresses[0],
+        grpc: addresses[1],
+        seen,
+        door,
+        shutdown,
+        servers,
+    }
+}
+
+/// The first event.
+pub fn started() -> Result<Event, Failure> {
+    Ok(Event::Started { cached_tokens: 2 })
+}
+
+/// Tokens of a candidate with made-up scores where asked for: token `t` has logprob -0.5, the one after it -1.5.
+pub fn tokens(ask: &Ask, candidate: u32, tokens: &[u32]) -> Result<Event, Failure> {
+    let scores = ask
+        .logprobs
+        .map(|top| tokens.iter().map(|&token| score(token, top)).collect());
+    Ok(Event::Tokens {
+        candidate,
+        tokens: tokens.to_vec(),
+        scores: scores.unwrap_or_default(),
+    })
+}
+
+/// A made-up score with `top` alternatives, the token itself the best.
+pub fn score(token: u32, top: u32) -> Score {
+    let alternative = |i: u32| ((token + i) % 256, if i == 0 { -0.5 } else { -0.5 - i as f32 });
+    Score {
+        token,
+        logprob: -0.5,
+        rank: 1,
+        top: (0..top).map(alternative).collect(),
+    }
+}
+
+/// A candidate's end.
+pub fn finished(candidate: u32, why: Finish) -> Result<Event, Failure> {
+    Ok(Event::Finished { candidate, why })
+}
+
+/// An answer in single bytes, for every candidate, then its end of sequence.
+pub fn says(ask: &Ask, text: &str) -> Result<Events, Refusal> {
+    let mut events = vec![started()];
+    if let Some(top) = ask.prompt_logprobs {
+        events.push(Ok(Event::PromptScores(
+            ask.prompt[1..].iter().map(|&token| score(token, top)).collect(),
+        )));
+    }
+    for candidate in 0..ask.candidates {
+        let cut = (ask.max_tokens as usize).min(text.len());
+        events.extend(
+            text.bytes()
+                .take(cut)
+                .map(|byte| tokens(ask, candidate, &[byte.into()])),
+        );
+        if (ask.max_tokens as usize) > text.len() {
+            events.push(tokens(ask, candidate, &[EOS]));
+            events.push(finished(candidate, Finish::Eos(EOS)));
+        } else {
+            events.push(finished(candidate, Finish::Length));
+        }
+    }
+    Ok(stream::iter(events).boxed())
+}
+
+/// `events`, and then nothing more, for ever.
+pub fn then_hangs(events: Vec<Result<Event, Failure>>) -> Result<Events, Refusal> {
+    Ok(stream::iter(events).chain(stream::pending()).boxed())
+}
