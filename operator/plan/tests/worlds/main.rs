@@ -1,0 +1,5 @@
+//! The plan in simulated worlds: scripted ones, compared with what was written down, and random ones.
+
+mod convergence;
+mod traces;
+mod world;
