@@ -1,0 +1,368 @@
+//! One group as a process: fetched for if need be, started, watched, stopped. The counterpart of a pod.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use swallow_plan::{
+    Failure, Phase, Progress, SeenGroup, Timestamp,
+    launch::{GroupLaunch, ModelSource},
+    model::GroupReason,
+};
+use swallow_proto::launch::{LogFormat, WorkerArgs};
+
+use super::{
+    prepare::Slot,
+    process::{Launch, Process, in_words, last_line},
+};
+
+/// What a process may take to end after its streams had their time.
+const GRACE_MARGIN: Duration = Duration::from_secs(15);
+/// Exit codes of a worker that was refused by its flags or its model's files: starting it again changes nothing.
+const HOPELESS: [i32; 2] = [2, 3];
+
+/// Where programs and files are.
+#[derive(Debug)]
+pub struct Places {
+    /// The worker's program.
+    pub worker: PathBuf,
+    /// Where fetched models are kept.
+    pub cache: PathBuf,
+    /// Access token of endpoints.
+    pub token_file: Option<PathBuf>,
+    /// Where logs go.
+    pub logs: PathBuf,
+}
+
+/// A group of this machine.
+#[derive(Debug)]
+pub struct Group {
+    /// What it was started from.
+    pub launch: GroupLaunch,
+    /// Tells it from others of its name.
+    pub uid: String,
+    /// Its place among the model's slots.
+    pub slot: usize,
+    args: WorkerArgs,
+    stage: Stage,
+    phase: Phase,
+    progress_at: Timestamp,
+    requests: u32,
+    /// Its process ended by itself, with an exit code, before it served.
+    refused: bool,
+    /// It was told to stop, and has to be gone by then.
+    leaving: Option<Instant>,
+    log: PathBuf,
+    fetched: PathBuf,
+    termination: PathBuf,
+}
+
+#[derive(Debug)]
+enum Stage {
+    // Fetching => (Serving | Ended)
+    Fetching(Process),
+    // Serving => Ended
+    Serving(Process),
+    Ended,
+}
+
+impl Group {
+    /// Starts a group at a slot, whose ports it lets go of.
+    pub fn start(
+        launch: GroupLaunch,
+        uid: String,
+        at: usize,
+        slot: &mut Slot,
+        places: &Places,
+        now: Timestamp,
+    ) -> Self {
+        let file = |ending: &str| places.logs.join(format!("{}.{ending}", launch.name));
+        let (log, termination, fetched) = (file("log"), file("termination"), file("fetch"));
+        // A group of the same name may have been here before.
+        let _ = fs::remove_file(&termination);
+        let args = WorkerArgs {
+            model: model_folder(&launch.template.source, places),
+            grpc_listen: slot.grpc.address(),
+            http_listen: slot.http.address(),
+            termination_log: Some(termination.clone()),
+            log_format: LogFormat::Text,
+            ..launch.args()
+        };
+        let mut group = Self {
+            launch,
+            uid,
+            slot: at,
+            args,
+            stage: Stage::Ended,
+            phase: Phase::Pending {
+                reason: GroupReason::Starting,
+                message: String::new(),
+                since: now,
+            },
+            progress_at: now,
+            requests: 0,
+            refused: false,
+            leaving: None,
+            log,
+            fetched,
+            termination,
+        };
+        slot.grpc.release();
+        slot.http.release();
+        let started = match &group.launch.template.source {
+            ModelSource::Fetch { .. } => {
+                group.phase = Phase::Fetching(Progress::default());
+                group.fetch(places).map(Stage::Fetching)
+            }
+            ModelSource::HostPath { .. } | ModelSource::Claim { .. } => {
+                group.serve(places).map(Stage::Serving)
+            }
+        };
+        group.enter(started, places, now);
+        group
+    }
+
+    /// As the plan sees it.
+    pub fn seen(&self) -> SeenGroup {
+        SeenGroup {
+            name: self.launch.name.clone(),
+            uid: self.uid.clone(),
+            revision: self.launch.revision.clone(),
+            index: self.launch.index,
+            phase: self.phase.clone(),
+            leaving: self.leaving.is_some(),
+            node_lost: false,
+            progress_at: self.progress_at,
+            crashes: self.launch.crashes.clone(),
+            retry: self.launch.retry.clone(),
+            requests: self.requests,
+        }
+    }
+
+    /// Whether it has a process that answers questions.
+    pub fn answers(&self) -> bool {
+        matches!(self.stage, Stage::Serving(_))
+    }
+
+    /// Whether it is on its way to serving or away from it.
+    pub fn is_moving(&self) -> bool {
+        self.leaving.is_some() || self.seen().is_starting()
+    }
+
+    /// What it said when it ended by itself before it served: whoever starts it here now wants to read that, not wait.
+    pub fn refusal(&self) -> Option<&str> {
+        match &self.phase {
+            Phase::Failed(failure) if self.refused => Some(&failure.message),
+            _ => None,
+        }
+    }
+
+    /// The file with what its process said.
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// Looks at its process. Says whether the group is gone.
+    pub fn advance(&mut self, places: &Places, now: Timestamp) -> bool {
+        if self.leaving.is_some_and(|until| Instant::now() >= until) {
+            self.kill();
+        }
+        match &mut self.stage {
+            Stage::Ended => {}
+            Stage::Fetching(process) => match process.ended() {
+                None => self.read_fetch_progress(now),
+                Some(status) => self.fetch_ended(status, places, now),
+            },
+            Stage::Serving(process) => {
+                if let Some(status) = process.ended() {
+                    self.stage = Stage::Ended;
+                    if self.leaving.is_none() {
+                        self.refused = status.code().is_some() && self.phase != Phase::Serving;
+                        self.fail(self.why(status), now);
+                    }
+                }
+            }
+        }
+        self.leaving.is_some() && matches!(self.stage, Stage::Ended)
+    }
+
+    /// Takes what the worker says of itself.
+    pub fn learn(&mut self, state: &Value, now: Timestamp) {
+        if !self.answers() || matches!(self.phase, Phase::Failed(_)) {
+            return;
+        }
+        let count = |path: &str| state.pointer(path).and_then(Value::as_u64).unwrap_or_default();
+        self.requests = u32::try_from(count("/load/running") + count("/load/waiting")).unwrap_or(u32::MAX);
+        let phase = match state["phase"].as_str() {
+            Some("loading") => Phase::Loading(Progress {
+                bytes_done: count("/progress/bytes_done"),
+                bytes_total: count("/progress/bytes_total"),
+                eta_seconds: state
+                    .pointer("/progress/eta_seconds")
+                    .and_then(Value::as_f64)
+                    .map(|eta| eta.ceil() as u64),
+            }),
+            Some("warming") => Phase::Warming,
+            Some("serving") => Phase::Serving,
+            // It ends soon, and how is told by its end.
+            _ => return,
+        };
+        self.go_to(phase, now);
+    }
+
+    /// Lets open streams finish, then ends it.
+    pub fn drain(&mut self) {
+        let patience = Duration::from_secs(self.args.drain_timeout_seconds.into()) + GRACE_MARGIN;
+        self.leaving.get_or_insert_with(|| Instant::now() + patience);
+        match &mut self.stage {
+            Stage::Serving(process) => process.terminate(),
+            Stage::Fetching(process) => process.kill(),
+            Stage::Ended => {}
+        }
+    }
+
+    /// Ends it now; it is gone.
+    pub fn delete(&mut self) {
+        self.leaving = Some(Instant::now());
+        self.kill();
+    }
+
+    /// Ends its process and keeps its record.
+    pub fn fail_with(&mut self, reason: GroupReason, message: String, now: Timestamp) {
+        self.kill();
+        self.stage = Stage::Ended;
+        self.fail((reason, message), now);
+    }
+
+    fn kill(&mut self) {
+        match &mut self.stage {
+            Stage::Serving(process) | Stage::Fetching(process) => process.kill(),
+            Stage::Ended => {}
+        }
+    }
+
+    fn fetch(&self, places: &Places) -> io::Result<Process> {
+        let ModelSource::Fetch { fetch, token, .. } = &self.launch.template.source else {
+            return Err(io::Error::other("the source is no repository"));
+        };
+        let out = self.args.model.display().to_string();
+        let token_file = token
+            .as_ref()
+            .and(places.token_file.as_ref())
+            .map(|file| file.display().to_string());
+        let argv = fetch.argv(&out, token_file.as_deref());
+        let output = Some(self.fetched.as_path());
+        Process::start(&Launch {
+            program: &places.worker,
+            argv,
+            log: &self.log,
+            output,
+        })
+    }
+
+    fn serve(&self, places: &Places) -> io::Result<Process> {
+        let argv = self.args.argv();
+        Process::start(&Launch {
+            program: &places.worker,
+            argv,
+            log: &self.log,
+            output: None,
+        })
+    }
+
+    fn enter(&mut self, started: io::Result<Stage>, places: &Places, now: Timestamp) {
+        match started {
+            Ok(stage) => self.stage = stage,
+            Err(error) => {
+                self.stage = Stage::Ended;
+                self.refused = true;
+                let message = format!("{} did not start: {error}", places.worker.display());
+                self.fail((GroupReason::Crashed, message), now);
+            }
+        }
+    }
+
+    fn fetch_ended(&mut self, status: ExitStatus, places: &Places, now: Timestamp) {
+        if self.leaving.is_some() {
+            self.stage = Stage::Ended;
+        } else if status.success() {
+            let phase = Phase::Pending {
+                reason: GroupReason::Starting,
+                message: String::new(),
+                since: now,
+            };
+            self.go_to(phase, now);
+            let started = self.serve(places).map(Stage::Serving);
+            self.enter(started, places, now);
+        } else {
+            self.stage = Stage::Ended;
+            self.refused = status.code().is_some();
+            let message = last_line(&self.log).unwrap_or_else(|| in_words(status));
+            self.fail((GroupReason::FetchFailed, message), now);
+        }
+    }
+
+    fn read_fetch_progress(&mut self, now: Timestamp) {
+        let line = last_line(&self.fetched).and_then(|line| serde_json::from_str::<Value>(&line).ok());
+        let Some(event) = line else { return };
+        let count = |name: &str| event[name].as_u64();
+        if let (Some(bytes_done), Some(bytes_total)) = (count("bytes_done"), count("bytes_total")) {
+            let eta_seconds = event["eta_seconds"].as_f64().map(|eta| eta.ceil() as u64);
+            self.go_to(
+                Phase::Fetching(Progress {
+                    bytes_done,
+                    bytes_total,
+                    eta_seconds,
+                }),
+                now,
+            );
+        }
+    }
+
+    /// How it ended: in its own last words if it left any.
+    fn why(&self, status: ExitStatus) -> (GroupReason, String) {
+        let own = fs::read_to_string(&self.termination).unwrap_or_default();
+        let message = match own.trim() {
+            "" => in_words(status),
+            words => words.to_owned(),
+        };
+        let hopeless = status.code().is_some_and(|code| HOPELESS.contains(&code));
+        (
+            if hopeless {
+                GroupReason::BadCheckpoint
+            } else {
+                GroupReason::Crashed
+            },
+            message,
+        )
+    }
+
+    fn fail(&mut self, (reason, message): (GroupReason, String), now: Timestamp) {
+        self.requests = 0;
+        self.phase = Phase::Failed(Failure {
+            at: now,
+            reason,
+            message,
+        });
+        self.progress_at = now;
+    }
+
+    fn go_to(&mut self, phase: Phase, now: Timestamp) {
+        if self.phase != phase {
+            self.phase = phase;
+            self.progress_at = now;
+        }
+    }
+}
+
+fn model_folder(source: &ModelSource, places: &Places) -> PathBuf {
+    match source {
+        ModelSource::HostPath { path } => path.into(),
+        ModelSource::Claim { path, .. } => path.into(),
+        ModelSource::Fetch { fetch, .. } => places.cache.join(fetch.folder()),
+    }
+}

@@ -1,0 +1,327 @@
+//! Everything that can go wrong before the first process starts, found and said in one line each.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env, fs,
+    path::{Path, PathBuf},
+    process,
+};
+
+use swallow_plan::{
+    Images, Valid,
+    launch::{self, ModelSource, RouterLaunch},
+    model::{Device, Placement, SwallowModel},
+    topology::Shape,
+    validate,
+};
+
+use super::{
+    LocalArgs,
+    ports::{self, Chooser, Held},
+    process::find,
+};
+use crate::{
+    file::{self, Errors, model_name, shape},
+    render,
+};
+
+/// All that is needed to start processes.
+#[derive(Debug)]
+pub struct Prepared {
+    /// In the order of the file.
+    pub models: Vec<PreparedModel>,
+    /// What the shared router is started with, apart from addresses.
+    pub router: RouterLaunch,
+    /// Where the router listens for gRPC clients.
+    pub grpc: Held,
+    /// Where the router listens for OpenAI clients.
+    pub http: Held,
+    /// The worker's program.
+    pub worker_program: PathBuf,
+    /// The router's program.
+    pub router_program: PathBuf,
+    /// Where fetched models are kept.
+    pub cache_dir: PathBuf,
+    /// Access token of endpoints.
+    pub token_file: Option<PathBuf>,
+    /// Where logs go.
+    pub logs: Logs,
+    /// What has no meaning here, said once.
+    pub notes: Vec<String>,
+}
+
+/// One model and the places of its groups.
+#[derive(Debug)]
+pub struct PreparedModel {
+    /// As read.
+    pub model: SwallowModel,
+    /// Its names, its own first.
+    pub served_names: Vec<String>,
+    /// Its size, if its config.json is here.
+    pub shape: Option<Shape>,
+    /// A pair of ports for each group.
+    pub slots: Vec<Slot>,
+}
+
+/// Where a group listens. It keeps its ports through restarts, so that the router's list stays right.
+#[derive(Debug)]
+pub struct Slot {
+    /// For the router.
+    pub grpc: Held,
+    /// For probes, metrics and state.
+    pub http: Held,
+}
+
+/// The folder of logs.
+#[derive(Debug)]
+pub struct Logs {
+    path: PathBuf,
+    temporary: bool,
+}
+
+impl Logs {
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes a folder that nobody asked to keep.
+    pub fn discard(&self) {
+        if self.temporary {
+            // What is left in a temporary folder harms nobody.
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+
+    fn new(asked: Option<PathBuf>) -> Result<Self, Errors> {
+        let temporary = asked.is_none();
+        let path = asked.unwrap_or_else(|| env::temp_dir().join(format!("swallow-local-{}", process::id())));
+        fs::create_dir_all(&path)
+            .map_err(|error| vec![format!("{}: {error}; choose --log-dir", path.display())])?;
+        Ok(Self { path, temporary })
+    }
+}
+
+impl Prepared {
+    /// Reads, checks and reserves.
+    ///
+    /// # Errors
+    /// A line for each thing that is wrong.
+    pub fn new(args: LocalArgs) -> Result<Self, Errors> {
+        let models = file::read(&args.file)?;
+        let mut errors = Vec::new();
+        let mut checked = Vec::new();
+        for model in models {
+            match check(&model, args.token_file.is_some()) {
+                Ok((valid, shape)) => checked.push((model, valid, shape)),
+                Err(lines) => errors.extend(lines),
+            }
+        }
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        let valids: Vec<&Valid> = checked.iter().map(|(_, valid, _)| valid).collect();
+        check_names(&valids)?;
+        let router = shared_router(&valids)?;
+        let notes = valids.iter().flat_map(|valid| without_meaning(valid)).collect();
+        let bin_dir = bin_dir(args.bin_dir)?;
+        let worker_program = find(&bin_dir, "swallow-worker").map_err(|error| vec![error])?;
+        let router_program = find(&bin_dir, "swallow-router").map_err(|error| vec![error])?;
+        let cache_dir = cache_dir(args.cache_dir)?;
+        let mut chooser = Chooser::new(process::id());
+        let grpc = ports::hold("grpc-port", args.grpc_port, &mut chooser).map_err(|error| vec![error])?;
+        let http = ports::hold("http-port", args.http_port, &mut chooser).map_err(|error| vec![error])?;
+        let models = checked
+            .into_iter()
+            .map(|(model, valid, shape)| {
+                let slots = slots(&model, &mut chooser)?;
+                Ok(PreparedModel {
+                    model,
+                    served_names: valid.served_names,
+                    shape,
+                    slots,
+                })
+            })
+            .collect::<Result<_, Errors>>()?;
+        let logs = Logs::new(args.log_dir)?;
+        let token_file = args.token_file;
+        Ok(Self {
+            models,
+            router,
+            grpc,
+            http,
+            worker_program,
+            router_program,
+            cache_dir,
+            token_file,
+            logs,
+            notes,
+        })
+    }
+}
+
+/// Checks one model: what this machine cannot do, then what no machine could.
+fn check(model: &SwallowModel, has_token: bool) -> Result<(Valid, Option<Shape>), Errors> {
+    let name = model_name(model);
+    let refuse = |line: String| Err(vec![format!("{name}: {line}")]);
+    let source = &model.spec.model.source;
+    if source.persistent_volume_claim.is_some() {
+        return refuse(
+            "spec.model.source.type: PersistentVolumeClaim needs a cluster: use HostPath or HuggingFace here"
+                .into(),
+        );
+    }
+    if model.spec.accelerator.device == Device::GPU {
+        return refuse(
+            "spec.accelerator.device: is GPU, and this build computes on CPU: set accelerator.device: CPU"
+                .into(),
+        );
+    }
+    if let Some(host) = &source.host_path {
+        let config = Path::new(&host.path).join("config.json");
+        if let Err(error) = fs::metadata(&config) {
+            return refuse(format!(
+                "spec.model.source.hostPath.path: {}: {error}",
+                config.display()
+            ));
+        }
+    }
+    let needs_token = source
+        .hugging_face
+        .as_ref()
+        .is_some_and(|source| source.token_secret_ref.is_some());
+    if needs_token && !has_token {
+        return refuse(
+            "spec.model.source.huggingFace.tokenSecretRef: Secrets need a cluster: give --token-file here"
+                .into(),
+        );
+    }
+    let shape = source
+        .host_path
+        .as_ref()
+        .and_then(|host| shape(Path::new(&host.path)));
+    match validate(model, shape.as_ref()) {
+        Ok(valid) => Ok((valid, shape)),
+        Err(refused) => Err(render::lines(name, &refused)),
+    }
+}
+
+/// One router serves all models, so no two may have a name in common.
+fn check_names(valids: &[&Valid]) -> Result<(), Errors> {
+    let mut owners: BTreeMap<&str, &str> = BTreeMap::new();
+    let mut groups = BTreeSet::new();
+    for valid in valids {
+        for served in &valid.served_names {
+            if let Some(other) = owners.insert(served, &valid.name) {
+                let line = format!(
+                    "{}: spec.model.servedNames: '{served}' is served by {other} too",
+                    valid.name
+                );
+                return Err(vec![line]);
+            }
+        }
+        if !groups.insert(&valid.name) {
+            return Err(vec![format!(
+                "{}: metadata.name: is there in two namespaces; here they are one",
+                valid.name
+            )]);
+        }
+    }
+    Ok(())
+}
+
+/// The one router of all models; its limits must be agreed on, its patience is that of the most patient.
+fn shared_router(valids: &[&Valid]) -> Result<RouterLaunch, Errors> {
+    let images = Images::default();
+    let (first, others) = valids.split_first().expect("a file with models holds one");
+    let mut shared = launch::router(first, &images);
+    for valid in others {
+        let other = launch::router(valid, &images);
+        let limits = |launch: &RouterLaunch| {
+            let args = &launch.args;
+            (
+                args.max_queued_requests,
+                args.max_queued_tokens,
+                args.max_queued_bytes,
+                args.max_queue_seconds,
+            )
+        };
+        if limits(&shared) != limits(&other) {
+            let line = format!(
+                "{}: spec.router.limits: do not agree with those of {}: one router stands before both, write the same",
+                valid.name, first.name
+            );
+            return Err(vec![line]);
+        }
+        shared.args.drain_timeout_seconds = shared
+            .args
+            .drain_timeout_seconds
+            .max(other.args.drain_timeout_seconds);
+    }
+    Ok(shared)
+}
+
+/// Fields that only a cluster can honour.
+fn without_meaning(valid: &Valid) -> Option<String> {
+    let spec = &valid.spec;
+    let fields = [
+        ("placement", spec.placement != Placement::default()),
+        ("imagePullSecrets", !spec.image_pull_secrets.is_empty()),
+        ("engine.image", spec.engine.image.is_some()),
+        ("router.replicas", spec.router.replicas != 1),
+        ("router.image", spec.router.image.is_some()),
+        (
+            "model.cache",
+            matches!(&valid.source, ModelSource::Fetch { .. }) && spec.model.cache.is_some(),
+        ),
+    ];
+    let named: Vec<&str> = fields
+        .iter()
+        .filter(|(_, set)| *set)
+        .map(|(name, _)| *name)
+        .collect();
+    (!named.is_empty()).then(|| format!("{}: note: only a cluster reads {}", valid.name, named.join(", ")))
+}
+
+fn slots(model: &SwallowModel, chooser: &mut Chooser) -> Result<Vec<Slot>, Errors> {
+    let wanted = if model.spec.suspend {
+        0
+    } else {
+        model.spec.replicas
+    };
+    (0..wanted)
+        .map(|_| {
+            Ok(Slot {
+                grpc: chooser.next()?,
+                http: chooser.next()?,
+            })
+        })
+        .collect::<std::io::Result<_>>()
+        .map_err(|error| {
+            vec![format!(
+                "{}: no free ports for its groups: {error}",
+                model_name(model)
+            )]
+        })
+}
+
+fn bin_dir(asked: Option<PathBuf>) -> Result<PathBuf, Errors> {
+    if let Some(folder) = asked {
+        return Ok(folder);
+    }
+    let own =
+        env::current_exe().map_err(|error| vec![format!("where this program is, is unknown: {error}")])?;
+    Ok(own.parent().map(Path::to_owned).unwrap_or_default())
+}
+
+fn cache_dir(asked: Option<PathBuf>) -> Result<PathBuf, Errors> {
+    if let Some(folder) = asked {
+        return Ok(folder);
+    }
+    let base = env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .or_else(|| env::home_dir().map(|home| home.join(".cache")))
+        .ok_or_else(|| vec!["there is no home folder to keep models in: give --cache-dir".to_owned()])?;
+    Ok(base.join("swallow/models"))
+}
