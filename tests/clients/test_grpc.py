@@ -1,0 +1,84 @@
+"""Generated Python stubs against the main job: chat and generation, unary and streamed, health, errors, deadlines."""
+
+import time
+
+import grpc
+import pytest
+
+QUESTION = "12足す30はいくつですか。"
+
+
+def chat_request(stubs, question=QUESTION, **more):
+    message = stubs.chat.ChatMessage(role=stubs.chat.ROLE_USER, content=question)
+    sampling = stubs.common.SamplingParams(temperature=0)
+    return stubs.chat.ChatRequest(model="tiny", messages=[message], sampling=sampling, **more)
+
+
+def test_a_streamed_chat_is_the_unary_one(stubs, channel):
+    service = stubs.chat_grpc.ChatServiceStub(channel)
+    whole = service.Chat(chat_request(stubs), timeout=60)
+    assert whole.candidates[0].message.content.strip()
+    events = list(service.StreamChat(stubs.chat.StreamChatRequest(chat=chat_request(stubs)), timeout=60))
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds[0] == "started" and kinds[-1] == "completed" and kinds[-2] == "candidate_finished"
+    text = "".join(event.delta.text for event in events)
+    assert text == whole.candidates[0].message.content
+    assert events[-1].completed.usage.output_tokens == whole.usage.output_tokens
+
+
+def test_generate_takes_text_and_ids_and_gives_both(stubs, channel):
+    tokens = stubs.model_grpc.TokenizationServiceStub(channel).Tokenize(
+        stubs.model.TokenizeRequest(model="models/tiny", text="東京"), timeout=60
+    ).tokens
+    service = stubs.generation_grpc.GenerationServiceStub(channel)
+    stop = stubs.common.StopCriteria(max_output_tokens=6)
+    sampling = stubs.common.SamplingParams(temperature=0)
+    logprobs = stubs.common.LogprobOptions(output=True, top_n=2, prompt=True)
+    common = {"model": "tiny", "stop": stop, "sampling": sampling, "logprobs": logprobs}
+    by_text = service.Generate(stubs.generation.GenerateRequest(text="東京", **common), timeout=60)
+    by_ids = service.Generate(stubs.generation.GenerateRequest(token_ids=tokens, **common), timeout=60)
+    assert list(by_text.candidates[0].token_ids) == list(by_ids.candidates[0].token_ids)
+    assert len(by_text.prompt_logprobs) == len(tokens.ids)
+    assert not by_text.prompt_logprobs[0].HasField("logprob")
+    first = by_text.candidates[0].logprobs[0]
+    assert first.rank == 1 and first.top[0].logprob == first.logprob
+
+
+def test_models_and_health(stubs, channel):
+    models = stubs.model_grpc.ModelServiceStub(channel).ListModels(stubs.model.ListModelsRequest(), timeout=10).models
+    by_name = {model.name: model for model in models}
+    assert by_name["models/tiny"].ready_replicas == 2
+    assert by_name["models/tiny"].max_context_tokens == 8192
+    assert list(by_name["models/tiny"].aliases) == ["swallow-tiny"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"model": "nobody"}, grpc.StatusCode.NOT_FOUND, "nobody"),
+        ({"candidate_count": 1000}, grpc.StatusCode.INVALID_ARGUMENT, "candidate_count"),
+    ],
+)
+def test_mistakes_have_their_code(stubs, channel, change, code, words):
+    request = chat_request(stubs)
+    for name, value in change.items():
+        setattr(request, name, value)
+    with pytest.raises(grpc.RpcError) as error:
+        stubs.chat_grpc.ChatServiceStub(channel).Chat(request, timeout=60)
+    assert error.value.code() == code
+    assert words in error.value.details()
+
+
+def test_a_deadline_binds_a_stream(stubs, channel):
+    request = stubs.generation.GenerateRequest(model="tiny", text="1")
+    request.stop.max_output_tokens = 8000
+    request.stop.ignore_eos = True
+    start = time.monotonic()
+    with pytest.raises(grpc.RpcError) as error:
+        for _ in stubs.generation_grpc.GenerationServiceStub(channel).StreamGenerate(
+            stubs.generation.StreamGenerateRequest(generate=request), timeout=0.7
+        ):
+            pass
+    assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert time.monotonic() - start < 5

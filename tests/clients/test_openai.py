@@ -1,0 +1,126 @@
+"""The openai package against the main job: chat and completions, streamed and not, and the errors it raises."""
+
+import asyncio
+
+import openai
+import pytest
+
+JAPANESE = "35を漢字で書いてください。"
+ENGLISH = "What is 12 plus 30?"
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return openai.OpenAI(base_url=served.http_url + "/v1", api_key="any", max_retries=0, timeout=60)
+
+
+def ask(client, question, **more):
+    messages = [{"role": "user", "content": question}]
+    return client.chat.completions.create(model="tiny", messages=messages, temperature=0, **more)
+
+
+def test_a_chat_answer_streams_to_the_same_text(client):
+    for question in (JAPANESE, ENGLISH):
+        whole = ask(client, question)
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.choices[0].message.content.strip()
+        deltas, usage = [], None
+        for chunk in ask(client, question, stream=True, stream_options={"include_usage": True}):
+            usage = chunk.usage or usage
+            deltas += [choice.delta.content or "" for choice in chunk.choices]
+        assert "".join(deltas) == whole.choices[0].message.content
+        assert "\ufffd" not in "".join(deltas)
+        assert usage.completion_tokens == whole.usage.completion_tokens
+        assert usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_the_trained_model_knows_its_tasks(client):
+    assert "三十五" in ask(client, JAPANESE).choices[0].message.content
+    assert "42" in ask(client, ENGLISH).choices[0].message.content
+
+
+def test_many_at_once_get_what_one_alone_gets(served):
+    questions = [f"What is {a} plus {b}?" for a in range(3, 11) for b in (7, 21)]
+
+    async def run():
+        async with openai.AsyncOpenAI(base_url=served.http_url + "/v1", api_key="any", max_retries=0) as client:
+
+            async def one(question):
+                answer = await ask(client, question)
+                return answer.choices[0].message.content
+
+            together = await asyncio.gather(*(one(question) for question in questions))
+            alone = [await one(question) for question in questions]
+            return together, alone
+
+    together, alone = asyncio.run(run())
+    assert together == alone
+
+
+def test_seeded_sampling_repeats_and_n_differ(client):
+    def draw():
+        return client.completions.create(model="tiny", prompt="春", temperature=2, n=4, seed=7, max_tokens=12)
+
+    first, again = draw(), draw()
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2, 3]
+    assert len(set(texts)) > 1
+
+
+def test_completion_logprobs_with_echo_cover_prompt_and_output(client):
+    answer = client.completions.create(model="tiny", prompt="日本語 and English", echo=True, logprobs=3, max_tokens=4, temperature=0)
+    logprobs = answer.choices[0].logprobs
+    assert len(logprobs.tokens) == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in logprobs.token_logprobs[1:])
+    for token, value, top in zip(logprobs.tokens[1:], logprobs.token_logprobs[1:], logprobs.top_logprobs[1:]):
+        assert top[token] == value
+
+
+def test_chat_logprobs_carry_exact_bytes(client):
+    answer = ask(client, JAPANESE, logprobs=True, top_logprobs=2)
+    content = answer.choices[0].logprobs.content
+    data = b"".join(bytes(token.bytes) for token in content)
+    assert data.decode().startswith(answer.choices[0].message.content)
+
+
+def test_token_ids_are_taken_as_they_are(client, served):
+    import json
+    import urllib.request
+
+    def post(path, body):
+        request = urllib.request.Request(served.http_url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request))
+
+    ids = post("/tokenize", {"model": "tiny", "prompt": "東京"})["tokens"]
+    assert post("/detokenize", {"model": "tiny", "tokens": ids})["prompt"].endswith("東京")
+    by_text = client.completions.create(model="tiny", prompt="東京", max_tokens=8, temperature=0)
+    by_ids = client.completions.create(model="tiny", prompt=ids, max_tokens=8, temperature=0)
+    assert by_text.choices[0].text == by_ids.choices[0].text
+    assert by_text.usage.prompt_tokens == len(ids) == by_ids.usage.prompt_tokens
+
+
+def test_models_and_aliases(client):
+    names = {model.id for model in client.models.list()}
+    assert {"tiny", "swallow-tiny", "odd"} <= names
+    messages = [{"role": "user", "content": ENGLISH}]
+    by_alias = client.chat.completions.create(model="swallow-tiny", messages=messages, temperature=0)
+    assert by_alias.choices[0].message.content == ask(client, ENGLISH).choices[0].message.content
+
+
+def test_mistakes_are_answered_with_what_to_change(client):
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        client.completions.create(model="nobody", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model="tiny", prompt="a", temperature=9)
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        ask(client, ENGLISH, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+    with pytest.raises(openai.BadRequestError, match="8192"):
+        client.completions.create(model="tiny", prompt=[5] * 9000)
+
+
+def test_unknown_fields_are_named_in_a_header(client):
+    raw = client.completions.with_raw_response.create(model="tiny", prompt="a", max_tokens=1, extra_body={"colour": "red"})
+    assert raw.headers["x-swallow-ignored-fields"] == "colour"
+    assert raw.headers["x-request-id"]

@@ -1,0 +1,235 @@
+//! What the tests share: where the repository and its programs are, and how the main job is started, watched and
+//! stopped. Nothing waits for a time; everything waits for a condition, up to a limit that fails the test.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// Longer than anything here takes on two busy cores.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the tests are one folder below the root")
+        .to_owned()
+}
+
+/// A program of ours, built beside this test.
+///
+/// # Panics
+/// If it was not built: `cargo build --release --bins` comes first, as in `tests/run`.
+pub fn program(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a path");
+    let path = test
+        .parent()
+        .and_then(Path::parent)
+        .expect("tests run from target/PROFILE/deps")
+        .join(name);
+    assert!(
+        path.is_file(),
+        "{} is not built; run `cargo build --release --bins` first",
+        path.display()
+    );
+    path
+}
+
+/// Waits until `condition` gives a value.
+///
+/// # Panics
+/// After `PATIENCE`, naming `what`.
+pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(
+            start.elapsed() < PATIENCE,
+            "waited {} s in vain for: {what}",
+            PATIENCE.as_secs()
+        );
+        thread::sleep(Duration::from_millis(20)); // Between two looks at a condition.
+    }
+}
+
+/// A SwallowModel for the local mode, as a user would write it.
+pub fn model_yaml(name: &str, folder: &Path, tensor: u32, replicas: u32) -> String {
+    format!(
+        "apiVersion: serving.swallow.dev/v1alpha1\nkind: SwallowModel\nmetadata:\n  name: {name}\nspec:\n  model:\n    \
+         servedNames: [{name}]\n    source:\n      type: HostPath\n      hostPath:\n        path: {}\n  engine:\n    kvCache:\n      \
+         bytes: 64Mi\n  accelerator:\n    device: CPU\n  parallelism:\n    tensor: {tensor}\n  replicas: {replicas}\n",
+        folder.display()
+    )
+}
+
+/// The running local mode.
+pub struct Local {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+    seen: Vec<String>,
+    folder: tempfile::TempDir,
+}
+
+impl Local {
+    /// Starts `swallow-operator local` on a file with this text; port 0 takes free ports.
+    pub fn start(yaml: &str, more: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let file = folder.path().join("model.yaml");
+        fs::write(&file, yaml).expect("the folder is ours");
+        let mut child = Command::new(program("swallow-operator"))
+            .args(["local", "-f"])
+            .arg(&file)
+            .args(["--grpc-port", "0", "--http-port", "0"])
+            .args(more)
+            .stdout(Stdio::piped())
+            .stderr(fs::File::create(folder.path().join("stderr")).expect("the folder is ours"))
+            .spawn()
+            .expect("the operator starts");
+        let stdout = child.stdout.take().expect("it is piped");
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Self {
+            child,
+            lines,
+            seen: Vec::new(),
+            folder,
+        }
+    }
+
+    /// The first line of its output, from now on, that begins with `start`.
+    ///
+    /// # Panics
+    /// If the output ends or `PATIENCE` passes first; shows all of it.
+    pub fn line(&mut self, start: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) if line.starts_with(start) => return line,
+                Ok(line) => self.seen.push(line),
+                Err(_) => panic!(
+                    "no line '{start}...'\n{}\n{}",
+                    self.seen.join("\n"),
+                    self.stderr()
+                ),
+            }
+        }
+    }
+
+    /// Waits until it is ready; gives the gRPC address and the HTTP address, each HOST:PORT.
+    pub fn ready(&mut self) -> (String, String) {
+        let line = self.line("ready");
+        let field = |name: &str| {
+            let value = line
+                .split_whitespace()
+                .find_map(|word| word.strip_prefix(name))
+                .unwrap_or_else(|| panic!("{name} in '{line}'"));
+            value.trim_start_matches("http://").to_owned()
+        };
+        (field("grpc="), field("http="))
+    }
+
+    /// What it wrote to stderr so far.
+    pub fn stderr(&self) -> String {
+        fs::read_to_string(self.folder.path().join("stderr")).unwrap_or_default()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().try_into().expect("process ids are small"))
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).expect("it is our child");
+    }
+
+    /// Waits until it ends.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_for("the end of the local mode", || {
+            self.child.try_wait().expect("it is our child")
+        })
+    }
+
+    /// The processes it started, with their command lines.
+    pub fn processes(&self) -> Vec<(Pid, String)> {
+        children(self.pid())
+    }
+}
+
+impl Drop for Local {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// All living descendants of a process, with their command lines.
+pub fn children(parent: Pid) -> Vec<(Pid, String)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").expect("/proc is mounted").flatten() {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<i32>().ok())
+        else {
+            continue;
+        };
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
+        // After the last ')': state, parent.
+        let fields: Vec<&str> = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .collect();
+        let (Some(state), Some(of)) = (
+            fields.first(),
+            fields.get(1).and_then(|of| of.parse::<i32>().ok()),
+        ) else {
+            continue;
+        };
+        if of == parent.as_raw() && *state != "Z" {
+            let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            found.push((
+                Pid::from_raw(pid),
+                String::from_utf8_lossy(&command).replace('\0', " "),
+            ));
+            found.extend(children(Pid::from_raw(pid)));
+        }
+    }
+    found
+}
+
+/// Whether a process lives (a zombie does not).
+pub fn is_alive(pid: Pid) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        !stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .trim_start()
+            .starts_with(['Z', 'X'])
+    })
+}
