@@ -324,10 +324,10 @@ fn flags_that_cannot_be_carried_out_are_named() {
 #[test]
 fn what_is_not_there_is_named() {
     let (code, said) = failed_start(&["--model=/nowhere/model"]);
-    assert_eq!(code, Some(1));
+    assert_eq!(code, Some(3));
     assert!(said.contains("/nowhere/model/config.json"), "{said}");
     let (code, said) = failed_start(&[&tiny(), "--tensor-parallel=3"]);
-    assert_eq!(code, Some(1));
+    assert_eq!(code, Some(3));
     assert!(said.contains("degree 3"), "{said}");
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let flag = format!("--grpc-listen={}", taken.local_addr().expect("bound"));

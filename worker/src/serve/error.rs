@@ -61,8 +61,13 @@ impl From<CheckpointError> for ServeError {
 }
 
 impl ServeError {
-    /// 2 for what the command line asks, 1 for what happened.
+    /// 2 for what the command line asks and 3 for a folder that cannot be served, which no restart mends; 1 for
+    /// what happened.
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Config(_)) { 2 } else { 1 }
+        match self {
+            Self::Config(_) => 2,
+            Self::Checkpoint(_) => 3,
+            _ => 1,
+        }
     }
 }
