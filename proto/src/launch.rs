@@ -3,10 +3,12 @@
 //! The operator builds these values and renders them with `argv`; the binaries parse the same types. Nothing else
 //! configures them, so what `kubectl get pod -o yaml` shows is the whole configuration.
 
+mod fetch;
 mod router;
 mod worker;
 
-pub use router::{ReplicaAddress, RouterArgs};
+pub use fetch::{FetchArgs, HUGGING_FACE, ProgressFormat};
+pub use router::{DiscoverTarget, GRPC_PORT_NAME, ReplicaAddress, RouterArgs};
 pub use worker::{DeviceKind, Dtype, GenerationDefaults, PrefixCache, WorkerArgs};
 
 use clap::ValueEnum;

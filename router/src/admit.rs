@@ -84,9 +84,13 @@ impl Shared {
         }
     }
 
-    /// True: placed. False: it has to wait.
+    /// True: placed, or nothing of it is wanted any more. False: it has to wait.
     fn try_place(&self, core: &mut Core, flight: &Arc<Flight>, now: Duration) -> Result<bool, Refusal> {
-        match core.place(flight, now, rand::random()) {
+        let parts = flight.parts();
+        if parts.is_empty() {
+            return Ok(true);
+        }
+        match core.place(flight, &parts, now, rand::random()) {
             Ok((choice, link)) => {
                 let waited = flight.since.elapsed();
                 self.observer
@@ -97,6 +101,7 @@ impl Shared {
                     replica = &*link.replica_name,
                     why = %choice.why,
                     waited_ms = waited.as_millis(),
+                    resumed_tokens = parts.iter().map(|part| part.said.len()).sum::<usize>(),
                     "placed"
                 );
                 Ok(true)
@@ -172,15 +177,31 @@ impl Shared {
         }
     }
 
-    /// No new request from here on, and nobody waits any longer.
+    /// No new request from here on; only streams that had begun wait any longer, for a replica to go on with.
     pub fn stop_admitting(&self) {
         let mut core = self.lock();
         core.stopping = true;
+        self.refuse_waiting(&mut core, |flight| !flight.is_accepted());
+    }
+
+    /// Streams that lose their replica from here on fail, and those that wait for one do.
+    pub fn stop_moving(&self) {
+        let mut core = self.lock();
+        core.cut = true;
+        self.refuse_waiting(&mut core, |_| true);
+    }
+
+    fn refuse_waiting(&self, core: &mut Core, whom: impl Fn(&Flight) -> bool) {
         let now = self.now();
-        for (id, flight) in std::mem::take(&mut core.waiting) {
-            core.queue.remove(id, now);
-            flight.refuse(Refusal::ShuttingDown);
-        }
+        let (queue, waiting) = (&mut core.queue, &mut core.waiting);
+        waiting.retain(|id, flight| {
+            let refused = whom(flight);
+            if refused {
+                queue.remove(*id, now);
+                flight.refuse(Refusal::ShuttingDown);
+            }
+            !refused
+        });
         self.observer.queue(core.queue.depth());
     }
 

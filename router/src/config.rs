@@ -1,6 +1,6 @@
 //! The command line, and what can be wrong with it. Nothing else configures a router, but for `RUST_LOG`.
 
-use std::{io::IsTerminal, net::SocketAddr};
+use std::{collections::HashSet, io::IsTerminal, net::SocketAddr};
 
 use clap::Parser;
 use swallow_proto::launch::{LogFormat, RouterArgs};
@@ -43,12 +43,18 @@ pub enum ConfigError {
     /// A replica is given twice.
     #[error(transparent)]
     Replicas(#[from] TwiceGiven),
+    /// Two Services for one model, or one for two.
+    #[error("--discover: {0} is given twice; give each model once, with one Service and all of its names")]
+    Discover(String),
+    /// It would have no effect.
+    #[error("--namespace is where the Services of --discover are, and there is no --discover")]
+    NoDiscover,
 }
 
 /// A few prompts must fit.
 const LEAST_BODY_BYTES: u64 = 1024;
 
-/// The replicas of a sound command line.
+/// The replicas of a sound command line that are known from the start.
 pub fn check(args: &RouterArgs) -> Result<Fixed, ConfigError> {
     if args.http_listen == args.grpc_listen && args.http_listen.port() != 0 {
         return Err(ConfigError::SamePort(args.http_listen));
@@ -62,6 +68,19 @@ pub fn check(args: &RouterArgs) -> Result<Fixed, ConfigError> {
         if given < least {
             return Err(ConfigError::TooSmall { flag, least, given });
         }
+    }
+    let mut places = HashSet::new();
+    let mut names = HashSet::new();
+    for target in &args.discover {
+        if !places.insert(&target.service) {
+            return Err(ConfigError::Discover(format!("the Service {}", target.service)));
+        }
+        if let Some(name) = target.served_names.iter().find(|name| !names.insert(*name)) {
+            return Err(ConfigError::Discover(format!("the name '{name}'")));
+        }
+    }
+    if args.namespace.is_some() && args.discover.is_empty() {
+        return Err(ConfigError::NoDiscover);
     }
     Ok(Fixed::from_addresses(&args.replicas)?)
 }
@@ -77,6 +96,15 @@ pub fn log(format: LogFormat) {
         LogFormat::Text => logs.init(),
         LogFormat::Json => logs.json().flatten_event(true).init(),
     }
+    // A panic is a line like the others, with where it happened.
+    std::panic::set_hook(Box::new(|panic| {
+        let at = panic.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!(
+            at,
+            message = panic.payload_as_str().unwrap_or("no message"),
+            "panic"
+        );
+    }));
 }
 
 #[cfg(test)]
@@ -97,6 +125,12 @@ mod tests {
             (&["--max-queued-requests=0"], "--max-queued-requests"),
             (&["--max-body-bytes=10"], "--max-body-bytes"),
             (&["--replica=a=h:1", "--replica=b=h:1"], "--replica"),
+            (&["--discover=a=w", "--discover=b=w"], "the Service w"),
+            (
+                &["--discover=a,b=w", "--discover=b=v"],
+                "--discover: the name 'b'",
+            ),
+            (&["--namespace=n"], "--namespace"),
         ] {
             let error = check(&parse(argv)).expect_err(flag).to_string();
             assert!(error.contains(flag), "{error}");
@@ -104,5 +138,6 @@ mod tests {
         let error = Cli::try_parse_from(["swallow-router", "--replica", "nonsense"]).expect_err("no address");
         assert!(error.to_string().contains("--replica"), "{error}");
         assert!(check(&parse(&[])).is_ok());
+        assert!(check(&parse(&["--discover=a=w", "--replica=a=h:1", "--namespace=n"])).is_ok());
     }
 }

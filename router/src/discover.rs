@@ -3,14 +3,21 @@
 //! Discovery says where a replica should be and what it should serve; whether it is there, and serves that, only its
 //! own session says.
 
+mod cluster;
+mod slices;
+
 use futures::{Stream, StreamExt, stream};
 use swallow_proto::launch::ReplicaAddress;
+
+pub use cluster::{Cluster, ClusterError, in_cluster};
 
 /// A replica that should be there.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Replica {
-    /// Unique, and the same for as long as it is the same place: what logs and metrics call it.
+    /// What logs and metrics call it: a pod's name, or an address.
     pub id: String,
+    /// Tells it from an earlier one of the same name: a pod's uid. Empty where a name is enough.
+    pub incarnation: String,
     /// Served names of its model, the model's own first; never empty.
     pub served_names: Vec<String>,
     /// HOST:PORT.
@@ -21,6 +28,11 @@ pub struct Replica {
 pub trait Discover: Send + 'static {
     /// Each item is the whole set, from the first one known on. The stream's end means that the last set stays.
     fn changes(self) -> impl Stream<Item = Vec<Replica>> + Send + 'static;
+
+    /// Served names of models that are served here even while they have no replica, each model's own name first.
+    fn models(&self) -> Vec<Vec<String>> {
+        Vec::new()
+    }
 }
 
 /// A set that never changes.
@@ -47,6 +59,7 @@ impl Fixed {
             let (id, served_names) = (address.clone(), served_names.clone());
             replicas.push(Replica {
                 id,
+                incarnation: String::new(),
                 served_names,
                 address: address.clone(),
             });

@@ -1,4 +1,4 @@
-//! From an ask to a replica's tokens: wait, choose, submit, follow; move while nothing was shown, fail after.
+//! From an ask to a replica's tokens: wait, choose, submit, follow; when the replica is lost, go on with another.
 //!
 //! One lock holds everything that is decided about (`Core`: queue, fleets, who waits) and is never held across an
 //! await; sessions push tokens to their requests without it. Each replica has one task, which owns its session; one
@@ -28,7 +28,7 @@ use tokio_util::{
 };
 use tracing::{info, warn};
 
-pub(crate) use flight::{Eviction, Flight, Place, Withdrawn};
+pub(crate) use flight::{Eviction, Flight, Part, Place, Withdrawn};
 pub use generation::Generation;
 
 pub(crate) use self::core::Core;
@@ -37,6 +37,7 @@ use crate::{
     discover::Discover,
     fleet::{Directory, FileCache, ModelEntry},
     observe::Observer,
+    vital::Vitals,
 };
 
 /// How long a worker's engine may be silent. The CPU device takes seconds for a step of a few thousand prompt tokens;
@@ -119,6 +120,7 @@ pub(crate) struct Shared {
     open: AtomicUsize,
     /// `open` became 0.
     all_closed: Notify,
+    vitals: Vitals,
 }
 
 impl Dispatcher {
@@ -139,10 +141,14 @@ impl Dispatcher {
             clock: Notify::new(),
             open: AtomicUsize::new(0),
             all_closed: Notify::new(),
+            vitals: Vitals::new(),
         });
+        shared.declared(discovery.models());
         let (tasks, cut) = (TaskTracker::new(), CancellationToken::new());
-        tasks.spawn(follow(Arc::clone(&shared), discovery, tasks.clone(), cut.clone()));
-        tasks.spawn(clock(Arc::clone(&shared), cut.clone()));
+        let following = follow(Arc::clone(&shared), discovery, tasks.clone(), cut.clone());
+        tasks.spawn(shared.vitals.clone().guard("discovery".into(), following));
+        let ticking = clock(Arc::clone(&shared), cut.clone());
+        tasks.spawn(shared.vitals.clone().guard("clock".into(), ticking));
         let supervisor = Supervisor {
             shared: Arc::clone(&shared),
             tasks,
@@ -163,6 +169,8 @@ impl Dispatcher {
 
     /// Waits in the queue where it must, picks a replica, submits, and resolves when a replica runs it. A request
     /// that was lost with its replica and cannot be tried again resolves too; its stream then begins with the failure.
+    /// A stream that loses its replica continues on another after the tokens that had come: the same tokens as without
+    /// the loss, if the ask has a seed or is greedy and replicas compute alike.
     ///
     /// Dropping the future, and later the `Generation`, cancels the request at its worker.
     ///
@@ -179,6 +187,12 @@ impl Dispatcher {
     pub fn counts(&self) -> Counts {
         self.shared.counts()
     }
+
+    /// Whether what is there to be found has been: discovery gave its first set, and each replica of it was tried. A
+    /// router that takes requests earlier refuses them for want of replicas that another router has.
+    pub fn is_settled(&self) -> bool {
+        self.shared.is_settled()
+    }
 }
 
 /// Owns the dispatcher's tasks. Dropping it ends every session at once.
@@ -189,10 +203,17 @@ pub struct Supervisor {
     cut: DropGuard,
 }
 
+/// A replica that is not through with its first attempt by then no longer holds up the router's readiness.
+const SETTLE_LIMIT: Duration = Duration::from_secs(15);
 /// How long sessions have to say goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
 impl Supervisor {
+    /// What watches over the dispatcher's tasks, and may watch over others.
+    pub fn vitals(&self) -> Vitals {
+        self.shared.vitals.clone()
+    }
+
     /// Refuses what waits and what comes, lets streams go on for `drain`, fails those that are left, and says goodbye
     /// to the workers.
     pub async fn shutdown(self, drain: Duration) {
@@ -209,6 +230,7 @@ impl Supervisor {
             );
         }
         self.tasks.close();
+        self.shared.stop_moving();
         drop(self.cut);
         if tokio::time::timeout(GOODBYE_LIMIT, self.tasks.wait())
             .await
@@ -230,7 +252,9 @@ async fn follow(shared: Arc<Shared>, discovery: impl Discover, tasks: TaskTracke
         // No more sets: the last one stays.
         let Some(set) = set else { return };
         for target in shared.discovered(set, &cut) {
-            tasks.spawn(crate::session::run(Arc::clone(&shared), target));
+            let name = format!("session with {}", target.replica_name);
+            let session = crate::session::run(Arc::clone(&shared), target);
+            tasks.spawn(shared.vitals.clone().guard(name, session));
         }
     }
 }
@@ -265,8 +289,12 @@ impl std::fmt::Debug for Shared {
 
 impl Shared {
     pub fn lock(&self) -> MutexGuard<'_, Core> {
-        // A panic under the lock is a broken invariant; the requests that are unaffected go on.
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+        self.core.lock().unwrap_or_else(|poisoned| {
+            // A request's task panicked in the middle of a decision: what was decided since cannot be trusted.
+            self.vitals
+                .report("dispatcher", "a panic while a decision was made");
+            PoisonError::into_inner(poisoned)
+        })
     }
 
     /// The brain's time.

@@ -24,6 +24,8 @@ pub trait Engine: Send + Sync + 'static {
     fn model(&self, name: &str) -> Option<Arc<ModelEntry>>;
     /// Waits for a replica; resolves when one has accepted the request.
     fn generate(&self, ask: Ask) -> BoxFuture<'static, Result<Box<dyn Run>, Refusal>>;
+    /// Whether what is there to be found has been.
+    fn is_settled(&self) -> bool;
 }
 
 impl Run for Generation {
@@ -47,5 +49,9 @@ impl Engine for Dispatcher {
             let generation = dispatcher.generate(ask).await?;
             Ok(Box::new(generation) as Box<dyn Run>)
         })
+    }
+
+    fn is_settled(&self) -> bool {
+        Dispatcher::is_settled(self)
     }
 }

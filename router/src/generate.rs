@@ -48,6 +48,7 @@ struct Inner {
     metrics: Arc<Metrics>,
     /// Texts that are tokenised at once: as many as there are cores.
     encoders: Arc<Semaphore>,
+    leaving: AtomicBool,
     draining: AtomicBool,
 }
 
@@ -90,6 +91,7 @@ impl Door {
             library: Library::default(),
             metrics,
             encoders: Arc::new(Semaphore::new(cores)),
+            leaving: AtomicBool::new(false),
             draining: AtomicBool::new(false),
         }))
     }
@@ -104,8 +106,26 @@ impl Door {
         &self.0.metrics
     }
 
+    /// Whether this router is one to send requests to: it has looked for replicas, and is not about to end. How many
+    /// it found does not matter; without any it answers with when to come again.
+    pub fn is_ready(&self) -> bool {
+        !self.is_leaving() && self.0.engine.is_settled()
+    }
+
+    /// Readiness is false from now on, while requests are still served: whoever sends them here has to hear of it
+    /// first.
+    pub fn leave(&self) {
+        self.0.leaving.store(true, Ordering::Release);
+    }
+
+    /// Whether `leave` or `drain` was called.
+    pub fn is_leaving(&self) -> bool {
+        self.0.leaving.load(Ordering::Acquire)
+    }
+
     /// No new requests from now on.
     pub fn drain(&self) {
+        self.leave();
         self.0.draining.store(true, Ordering::Release);
     }
 
@@ -322,12 +342,15 @@ fn prepared(
         min_tokens: stop.min_tokens,
         stops: StopSet::new(stop.strings),
     };
+    let mut sampling = request.sampling;
+    // Chosen here, so that another replica can go on with the same draws.
+    sampling.seed.get_or_insert_with(rand::random);
     let ask = Ask {
         model: entry.name.clone(),
         uuid: Uuid::new_v4(),
         prompt: prompt.into(),
         candidates: request.candidates,
-        sampling: request.sampling,
+        sampling,
         max_tokens,
         min_tokens: stop.min_tokens.min(max_tokens),
         stop_token_ids,

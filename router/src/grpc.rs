@@ -27,6 +27,8 @@ pub use health::Health;
 
 use crate::{
     generate::{Door, Invalid},
+    guard::guarded,
+    http::Protocol,
     metrics::Call,
 };
 
@@ -45,7 +47,7 @@ pub fn router(door: &Door, health: &Health, max_message_bytes: usize) -> Router 
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let why = "the descriptors were compiled into this binary";
-    Routes::new(
+    let routes = Routes::new(
         GenerationServiceServer::from_arc(Arc::clone(&services)).max_decoding_message_size(max_message_bytes),
     )
     .add_service(
@@ -59,7 +61,12 @@ pub fn router(door: &Door, health: &Health, max_message_bytes: usize) -> Router 
     .add_service(health.service())
     .add_service(reflection().build_v1().expect(why))
     .add_service(reflection().build_v1alpha().expect(why))
-    .into_axum_router()
+    .into_axum_router();
+    guarded(
+        routes,
+        Protocol::Grpc,
+        door.metrics().panics(Protocol::Grpc.label()),
+    )
 }
 
 impl Services {

@@ -130,9 +130,8 @@ pub async fn serve(
                     let open = open.clone();
                     connections.spawn(async move {
                         let _permit = permit;
-                        open.inc();
+                        let _open = Open::new(open);
                         connection.run(watcher).await;
-                        open.dec();
                     });
                 }
                 Err(error) => {
@@ -155,6 +154,22 @@ pub async fn serve(
     };
     connections.shutdown().await;
     finished
+}
+
+/// One more in a gauge, however it ends.
+struct Open(IntGauge);
+
+impl Open {
+    fn new(gauge: IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 struct Connection {

@@ -6,13 +6,14 @@ use clap::Parser;
 use swallow_proto::launch::RouterArgs;
 use swallow_router::{
     config::{self, Cli},
-    discover::Fixed,
-    dispatch::Dispatcher,
+    discover::{Cluster, ClusterError, Fixed, in_cluster},
+    dispatch::{Dispatcher, Supervisor},
     generate::Door,
     grpc,
     http::{self, Protocol, ShutdownHandle},
     metrics::Metrics,
     openai,
+    vital::Panicked,
 };
 use tokio::{
     net::TcpListener,
@@ -36,6 +37,12 @@ enum RunError {
     /// The runtime could not be started.
     #[error("cannot start threads: {0}")]
     Runtime(std::io::Error),
+    /// There is no API server to ask.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// A task is gone that nothing works without.
+    #[error("{0}; the process ends, because it would answer nobody")]
+    Panicked(#[from] Panicked),
 }
 
 /// When the last answer is complete, its bytes have this long to reach the client. Connections that merely stay open,
@@ -56,7 +63,13 @@ fn main() -> ExitCode {
         .enable_all()
         .build()
         .map_err(RunError::Runtime);
-    match runtime.and_then(|runtime| runtime.block_on(run(&args, replicas))) {
+    let outcome = runtime.and_then(|runtime| {
+        let outcome = runtime.block_on(run(&args, replicas));
+        // Nobody waits for a thread that still tokenises.
+        runtime.shutdown_background();
+        outcome
+    });
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("swallow-router: {error}");
@@ -65,19 +78,25 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(args: &RouterArgs, replicas: Fixed) -> Result<(), RunError> {
+async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     let mut signals = Signals::new().map_err(RunError::Signals)?;
     let grpc_listener = listen("grpc-listen", args.grpc_listen).await?;
     let http_listener = listen("http-listen", args.http_listen).await?;
     let metrics = Arc::new(Metrics::new());
-    let (dispatcher, supervisor) = Dispatcher::start(args.into(), replicas, metrics.clone());
+    let (dispatcher, supervisor) = dispatch(args, fixed, &metrics)?;
+    let vitals = supervisor.vitals();
     let door = Door::new(Arc::new(dispatcher), Arc::clone(&metrics));
     let health = grpc::Health::new();
     let max_bytes = args.max_body_bytes as usize;
     let (shutdown_handle, shutdown) = ShutdownHandle::new();
     let serve = |listener, protocol: Protocol, router| {
         let open = metrics.connections(protocol.label());
-        tokio::spawn(http::serve(listener, protocol, router, open, shutdown.clone()))
+        let serving = http::serve(listener, protocol, router, open, shutdown.clone());
+        tokio::spawn(
+            vitals
+                .clone()
+                .guard(format!("{} server", protocol.label()), serving),
+        )
     };
     for (flag, listener) in [("grpc", &grpc_listener), ("http", &http_listener)] {
         let address = listener
@@ -96,35 +115,74 @@ async fn run(args: &RouterArgs, replicas: Fixed) -> Result<(), RunError> {
         Protocol::Http,
         openai::router(door.clone(), max_bytes),
     );
-    let watch = tokio::spawn(health.watch(door.clone()));
+    let watch = tokio::spawn(vitals.clone().guard("health".into(), health.watch(door.clone())));
 
-    let name = signals.next().await;
+    let name = tokio::select! {
+        name = signals.next() => name,
+        panicked = vitals.panicked() => {
+            door.leave();
+            return Err(panicked.into());
+        }
+    };
+    // Not ready from here on. Until that is known everywhere, requests still come, on new connections too, and are
+    // served like any other.
+    door.leave();
+    let delay = Duration::from_secs(args.shutdown_delay_seconds.into());
     let drain = Duration::from_secs(args.drain_timeout_seconds.into());
     info!(
         signal = name,
+        delay_seconds = delay.as_secs(),
         drain_seconds = drain.as_secs(),
         "draining; a second signal ends the router at once"
     );
-    door.drain();
-    shutdown_handle.begin(drain + LAST_WORDS);
     let answers = async {
+        tokio::time::sleep(delay).await;
+        door.drain();
+        shutdown_handle.begin(drain + LAST_WORDS);
         supervisor.shutdown(drain).await;
         shutdown_handle.begin(LAST_WORDS);
     };
     let drained = async { tokio::join!(answers, grpc, http, watch) };
     tokio::select! {
         ((), grpc, http, _) = drained => {
-            if !(grpc.unwrap_or(false) && http.unwrap_or(false)) {
+            let finished = |ended: Result<Option<bool>, _>| matches!(ended, Ok(Some(true)));
+            if !(finished(grpc) && finished(http)) {
                 info!("connections that stayed open were cut");
             }
             info!("drained");
         }
+        panicked = vitals.panicked() => return Err(panicked.into()),
         name = signals.next() => {
             warn!(signal = name, "ended at once");
             std::process::exit(1);
         }
     }
     Ok(())
+}
+
+/// Starts to follow discovery: the replicas of the command line, and the Services of a cluster if it names any.
+fn dispatch(
+    args: &RouterArgs,
+    fixed: Fixed,
+    metrics: &Arc<Metrics>,
+) -> Result<(Dispatcher, Supervisor), RunError> {
+    if args.discover.is_empty() {
+        return Ok(Dispatcher::start(args.into(), fixed, metrics.clone()));
+    }
+    let (client, namespace) = in_cluster(args.namespace.as_deref())?;
+    info!(
+        namespace,
+        services = args.discover.len(),
+        "following EndpointSlices"
+    );
+    let cluster = Cluster {
+        client,
+        namespace,
+        targets: args.discover.clone(),
+        fixed,
+        observer: metrics.clone(),
+    };
+    Ok(Dispatcher::start(args.into(), cluster, metrics.clone()))
 }
 
 async fn listen(flag: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {

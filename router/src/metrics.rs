@@ -7,14 +7,15 @@ mod observer;
 mod series;
 
 use std::{
-    sync::Arc,
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use prometheus::{Encoder, Histogram, IntCounter, IntGauge, Registry, TextEncoder};
 use tonic::Code;
 
-use series::{Calls, Dispatch, Maker, Replicas, Tokens};
+use series::{Calls, Discovery, Dispatch, Maker, Replicas, Tokens};
 
 /// The label of a model that is not served here.
 pub const OTHER_MODEL: &str = "other";
@@ -52,6 +53,9 @@ pub struct Metrics {
     tokens: Tokens,
     dispatch: Dispatch,
     replicas: Replicas,
+    discovery: Discovery,
+    /// Since when nothing was heard of a model's endpoints.
+    stale: Mutex<BTreeMap<String, Option<Instant>>>,
 }
 
 impl Metrics {
@@ -70,12 +74,18 @@ impl Metrics {
             tokens: Tokens::new(&make),
             dispatch: Dispatch::new(&make),
             replicas: Replicas::new(&make),
+            discovery: Discovery::new(&make),
+            stale: Mutex::default(),
             registry,
         }
     }
 
     /// The text that Prometheus scrapes, and its content type.
     pub fn text(&self) -> (String, &'static str) {
+        for (model, since) in &*self.stale() {
+            let seconds = since.map_or(0.0, |since| since.elapsed().as_secs_f64());
+            self.discovery.stale.with_label_values(&[model]).set(seconds);
+        }
         let mut text = Vec::new();
         TextEncoder::new()
             .encode(&self.registry.gather(), &mut text)
@@ -130,6 +140,15 @@ impl Metrics {
             .ignored_fields
             .with_label_values(&[method])
             .inc_by(count as u64);
+    }
+
+    /// The counter of requests that the router itself failed on.
+    pub fn panics(&self, protocol: &'static str) -> IntCounter {
+        self.calls.panics.with_label_values(&[protocol])
+    }
+
+    fn stale(&self) -> MutexGuard<'_, BTreeMap<String, Option<Instant>>> {
+        self.stale.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The gauge of open connections.

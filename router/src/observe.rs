@@ -2,7 +2,7 @@
 //!
 //! Calls are made from the hot path, some under a lock: an observer counts and returns.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use swallow_policy::{Depth, Load, Why};
 
@@ -68,6 +68,28 @@ impl MoveCause {
     }
 }
 
+/// How a watch on a model's endpoints ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum WatchEnd {
+    /// In its time.
+    Closed,
+    /// Its version was too old; all was listed again.
+    Expired,
+    /// With an error, or it could not be opened.
+    Failed,
+}
+
+impl WatchEnd {
+    /// For a metric.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::Expired => "expired",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// Counts what happens. Every call does nothing unless it is written.
 #[allow(unused_variables)] // The names are the documentation of what an implementation gets.
 pub trait Observer: Send + Sync + 'static {
@@ -77,7 +99,7 @@ pub trait Observer: Send + Sync + 'static {
     fn accepted(&self, model: &str, predicted_tokens: u32, cached_tokens: u32) {}
     /// The queue over all models changed.
     fn queue(&self, depth: Depth) {}
-    /// A request that had shown nothing went back to the queue.
+    /// A request lost its place and went back to the queue.
     fn moved(&self, model: &str, cause: MoveCause) {}
     /// A replica changed its state.
     fn replica(&self, model: &str, replica: &str, state: ReplicaState) {}
@@ -93,6 +115,12 @@ pub trait Observer: Send + Sync + 'static {
     fn slow_client(&self, model: &str) {}
     /// Cache events were missed, so that the replica's cache is unknown until the next session.
     fn cache_events_missed(&self, model: &str, replica: &str) {}
+    /// Discovery found so many replicas of a model.
+    fn endpoints(&self, model: &str, count: usize) {}
+    /// A watch on a model's endpoints ended; another one follows.
+    fn watch_ended(&self, model: &str, end: WatchEnd) {}
+    /// Nothing was heard from discovery since then; `None`: it is heard.
+    fn discovery_stale(&self, model: &str, since: Option<Instant>) {}
 }
 
 /// Nobody counts.

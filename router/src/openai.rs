@@ -32,10 +32,11 @@ use crate::{
     ask::Refusal,
     fleet::ModelEntry,
     generate::{Door, Fault},
-    http::read_body,
+    guard::guarded,
+    http::{Protocol, read_body},
     metrics::{Call, Stage},
 };
-use error::Problem;
+pub(crate) use error::Problem;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const IGNORED_FIELDS: HeaderName = HeaderName::from_static("x-swallow-ignored-fields");
@@ -54,8 +55,9 @@ struct Api {
 
 /// All routes.
 pub fn router(door: Door, max_body_bytes: usize) -> Router {
+    let panics = door.metrics().panics(Protocol::Http.label());
     let api = Api { door, max_body_bytes };
-    Router::new()
+    let routes = Router::new()
         .route(
             "/v1/chat/completions",
             post(|state, request| answer(state, request, "chat.completions")),
@@ -80,7 +82,13 @@ pub fn router(door: Door, max_body_bytes: usize) -> Router {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(middleware::from_fn(with_request_id))
-        .with_state(api)
+        .with_state(api);
+    guarded(routes, Protocol::Http, panics)
+}
+
+/// A fault of the router itself.
+pub(crate) fn internal(text: &'static str) -> Problem {
+    Problem::Internal(text)
 }
 
 /// A request's parts that handlers need.
@@ -234,9 +242,11 @@ async fn model(State(api): State<Api>, Path(id): Path<String>) -> Response {
     }
 }
 
-/// Ready means: this router takes requests. Whether a model has replicas is that model's own matter, and is told.
+/// Ready means: requests may be sent here. A router is ready once it has looked for replicas, however many it found,
+/// until it is told to end: a model without any is that model's own matter, told here and by 503 with Retry-After,
+/// and no reason to take the other models away.
 async fn readyz(State(api): State<Api>) -> Response {
-    if api.door.is_draining() {
+    if api.door.is_leaving() {
         return Problem::from(Fault::from(Refusal::ShuttingDown)).into_response();
     }
     let ready: BTreeMap<String, usize> = api
@@ -245,7 +255,11 @@ async fn readyz(State(api): State<Api>) -> Response {
         .iter()
         .map(|entry| (entry.name.clone(), entry.ready_replicas))
         .collect();
-    Json(json!({"ready": true, "ready_replicas": ready})).into_response()
+    if api.door.is_ready() {
+        return Json(json!({"ready": true, "ready_replicas": ready})).into_response();
+    }
+    let body = json!({"ready": false, "reason": "looking for replicas", "ready_replicas": ready});
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
 }
 
 async fn metrics(State(api): State<Api>) -> Response {

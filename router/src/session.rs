@@ -27,7 +27,7 @@ use tracing::{debug, info, warn};
 pub(crate) use hear::Heard;
 pub(crate) use link::Link;
 
-use crate::dispatch::Shared;
+use crate::{dispatch::Shared, pauses::Pauses};
 
 /// The version of the protocol that is spoken here.
 const PROTOCOL: u32 = 1;
@@ -95,14 +95,12 @@ impl Lost {
 
 /// A replica's task.
 pub(crate) async fn run(shared: Arc<Shared>, target: Target) {
-    let mut pauses = Pauses {
-        next: shared.config.reconnect.0,
-        longest: shared.config.reconnect.1,
-    };
+    let mut pauses = Pauses::new(shared.config.reconnect);
     let mut said_last = None;
     loop {
         let began = Instant::now();
         let lost = session(&shared, &target).await;
+        shared.tried(&target);
         if target.leave.is_cancelled() || target.cut.is_cancelled() {
             break;
         }
@@ -116,7 +114,7 @@ pub(crate) async fn run(shared: Arc<Shared>, target: Target) {
         }
         said_last = Some(kind);
         if began.elapsed() > STABLE {
-            pauses.next = shared.config.reconnect.0;
+            pauses.reset();
         }
         let pause = if matches!(lost, Lost::Unusable(_)) {
             UNUSABLE_PAUSE
@@ -130,20 +128,6 @@ pub(crate) async fn run(shared: Arc<Shared>, target: Target) {
         }
     }
     shared.gone(&target);
-}
-
-/// Exponential, with jitter, so that routers do not return in step.
-struct Pauses {
-    next: Duration,
-    longest: Duration,
-}
-
-impl Pauses {
-    fn next(&mut self) -> Duration {
-        let pause = self.next.mul_f64(rand::random_range(0.5..1.5));
-        self.next = (self.next * 2).min(self.longest);
-        pause
-    }
 }
 
 /// One session, from the connection to the reason of its end.
@@ -256,18 +240,12 @@ fn check(welcome: &Welcome, expected: &[String]) -> Result<(), String> {
         ));
     }
     let model = welcome.model.as_ref().ok_or("its Welcome names no model")?;
-    let sorted = |names: &[String]| {
-        let mut names = names.to_vec();
-        names.sort();
-        names
-    };
-    let same =
-        model.served_names.first() == expected.first() && sorted(&model.served_names) == sorted(expected);
-    if !same {
+    // While a change of names rolls out, replicas of before and after serve the same model under different ones.
+    if !model.served_names.iter().any(|name| expected.contains(name)) {
         let (serves, said) = (model.served_names.join(","), expected.join(","));
         return Err(format!(
-            "it serves '{serves}' but discovery says '{said}'; start it with the same served names, or correct the \
-             router's --replica"
+            "it serves '{serves}' but discovery says '{said}'; start it with one of these names, or correct the \
+             router's --replica or --discover"
         ));
     }
     let capacity = welcome.capacity.as_ref().ok_or("its Welcome names no capacity")?;

@@ -26,11 +26,7 @@ impl FromStr for ReplicaAddress {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let expected = "expected NAME[,ALIAS...]=HOST:PORT";
-        let (names, address) = text.split_once('=').ok_or(expected)?;
-        let served_names: Vec<String> = names.split(',').map(str::to_owned).collect();
-        if served_names.iter().any(String::is_empty) {
-            return Err(format!("a served name is empty; {expected}"));
-        }
+        let (served_names, address) = names_and_place(text, expected)?;
         let (host, port) = address.rsplit_once(':').ok_or(expected)?;
         if host.is_empty() || port.parse::<u16>().is_err() {
             return Err(format!("'{address}' is not HOST:PORT; {expected}"));
@@ -39,6 +35,79 @@ impl FromStr for ReplicaAddress {
             served_names,
             address: address.to_owned(),
         })
+    }
+}
+
+/// The name of the port of a Service that workers' sessions use, unless another one is given.
+pub const GRPC_PORT_NAME: &str = "grpc";
+
+/// A Kubernetes Service whose endpoints are the replicas of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiscoverTarget {
+    /// Served names of the model, its own first; never empty.
+    pub served_names: Vec<String>,
+    /// Name of the Service, in the router's namespace.
+    pub service: String,
+    /// Name of the Service's port.
+    pub port_name: String,
+}
+
+impl fmt::Display for DiscoverTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.served_names.join(","), self.service)?;
+        if self.port_name != GRPC_PORT_NAME {
+            write!(f, ":{}", self.port_name)?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for DiscoverTarget {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = "expected NAME[,ALIAS...]=SERVICE[:PORTNAME]";
+        let (served_names, place) = names_and_place(text, expected)?;
+        let (service, port_name) = place.split_once(':').unwrap_or((place, GRPC_PORT_NAME));
+        if !is_label(service, 63) {
+            return Err(format!("'{service}' cannot be the name of a Service; {expected}"));
+        }
+        if !is_label(port_name, 15) {
+            return Err(format!("'{port_name}' cannot be the name of a port; {expected}"));
+        }
+        Ok(Self {
+            served_names,
+            service: service.to_owned(),
+            port_name: port_name.to_owned(),
+        })
+    }
+}
+
+/// Splits `NAME[,ALIAS...]=PLACE`.
+fn names_and_place<'a>(text: &'a str, expected: &str) -> Result<(Vec<String>, &'a str), String> {
+    let (names, place) = text.split_once('=').ok_or(expected)?;
+    let served_names: Vec<String> = names.split(',').map(str::to_owned).collect();
+    if served_names.iter().any(String::is_empty) {
+        return Err(format!("a served name is empty; {expected}"));
+    }
+    Ok((served_names, place))
+}
+
+/// Whether Kubernetes takes it as a DNS label of at most `most` characters.
+fn is_label(text: &str, most: usize) -> bool {
+    let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    !text.is_empty()
+        && text.len() <= most
+        && text.chars().all(inner)
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+}
+
+fn namespace(text: &str) -> Result<String, String> {
+    if is_label(text, 63) {
+        Ok(text.to_owned())
+    } else {
+        Err("a namespace is up to 63 lower-case letters, digits and dashes".into())
     }
 }
 
@@ -54,6 +123,13 @@ pub struct RouterArgs {
     /// A replica: NAME[,ALIAS...]=HOST:PORT; repeat for each
     #[arg(long = "replica", value_name = "REPLICA")]
     pub replicas: Vec<ReplicaAddress>,
+    /// A model whose replicas are the endpoints of a Kubernetes Service: NAME[,ALIAS...]=SERVICE[:PORTNAME]; the port's
+    /// name is grpc unless given; repeat for each model
+    #[arg(long = "discover", value_name = "TARGET")]
+    pub discover: Vec<DiscoverTarget>,
+    /// Namespace of the Services of --discover [default: the pod's own]
+    #[arg(long, value_name = "NAMESPACE", value_parser = namespace)]
+    pub namespace: Option<String>,
     /// Most requests that wait for a replica, over all models
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub max_queued_requests: u32,
@@ -69,7 +145,11 @@ pub struct RouterArgs {
     /// Largest request body or message
     #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
     pub max_body_bytes: u32,
-    /// How long open streams may finish after SIGTERM
+    /// How long new requests are still served after SIGTERM, while readiness is false already: the time that it takes
+    /// load balancers and kube-proxy to send them elsewhere
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub shutdown_delay_seconds: u32,
+    /// How long open streams may finish after SIGTERM and the shutdown delay
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout_seconds: u32,
     /// Form of log lines
@@ -84,11 +164,14 @@ impl RouterArgs {
         argv.flag("grpc-listen", self.grpc_listen);
         argv.flag("http-listen", self.http_listen);
         argv.each("replica", &self.replicas);
+        argv.each("discover", &self.discover);
+        argv.optional("namespace", self.namespace.as_ref());
         argv.flag("max-queued-requests", self.max_queued_requests);
         argv.flag("max-queued-tokens", self.max_queued_tokens);
         argv.flag("max-queued-bytes", self.max_queued_bytes);
         argv.flag("max-queue-seconds", self.max_queue_seconds);
         argv.flag("max-body-bytes", self.max_body_bytes);
+        argv.flag("shutdown-delay-seconds", self.shutdown_delay_seconds);
         argv.flag("drain-timeout-seconds", self.drain_timeout_seconds);
         argv.choice("log-format", self.log_format);
         argv.0
@@ -118,8 +201,14 @@ mod tests {
         let replicas = ["a,b/c=127.0.0.1:5000", "x=worker-0.models:50061"]
             .map(|text| text.parse().expect("well formed"))
             .to_vec();
+        let discover = ["a,b/c=llama-worker", "x=w-2:rpc"]
+            .map(|text| text.parse().expect("well formed"))
+            .to_vec();
         let full = RouterArgs {
             replicas,
+            discover,
+            namespace: Some("team-a".into()),
+            shutdown_delay_seconds: 5,
             max_queued_bytes: 1 << 40,
             log_format: LogFormat::Json,
             ..minimal
@@ -133,5 +222,41 @@ mod tests {
             let error = text.parse::<ReplicaAddress>().expect_err(text);
             assert!(error.contains("NAME[,ALIAS...]=HOST:PORT"), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn a_target_names_its_service_and_maybe_a_port() {
+        let target: DiscoverTarget = "a,b=llama-worker".parse().expect("well formed");
+        assert_eq!(target.served_names, ["a", "b"]);
+        assert_eq!((&*target.service, &*target.port_name), ("llama-worker", "grpc"));
+        assert_eq!(target.to_string(), "a,b=llama-worker");
+        let target: DiscoverTarget = "a=w:rpc".parse().expect("well formed");
+        assert_eq!((&*target.service, &*target.port_name), ("w", "rpc"));
+        assert_eq!(target.to_string(), "a=w:rpc");
+    }
+
+    #[test]
+    fn a_malformed_target_is_refused_with_what_to_write() {
+        for text in [
+            "a",
+            "a=",
+            "=w",
+            "a,=w",
+            "a=W",
+            "a=w:",
+            "a=-w",
+            "a=w.ns",
+            "a=w:averyverylongname",
+        ] {
+            let error = text.parse::<DiscoverTarget>().expect_err(text);
+            assert!(
+                error.contains("NAME[,ALIAS...]=SERVICE[:PORTNAME]"),
+                "{text}: {error}"
+            );
+        }
+        let error = Cli::try_parse_from(["swallow-router", "--namespace=Team A"])
+            .err()
+            .expect("not a label");
+        assert!(error.to_string().contains("--namespace"), "{error}");
     }
 }

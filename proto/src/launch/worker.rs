@@ -13,6 +13,8 @@ pub enum DeviceKind {
     Cpu,
     /// NVIDIA GPUs.
     Cuda,
+    /// GPUs where they can be used, the CPU otherwise.
+    Auto,
 }
 
 /// The number format of weights and activations in memory.
@@ -95,6 +97,9 @@ pub struct WorkerArgs {
     /// Memory for keys and values of all ranks together, in bytes
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 30)]
     pub kv_bytes: u64,
+    /// On GPUs, instead of --kv-bytes: keys and values get what weights and workspace leave of this share of each GPU
+    #[arg(long, value_name = "PERCENT")]
+    pub device_memory_percent: Option<u32>,
     /// Keep finished prefixes for later requests
     #[arg(long, value_enum, default_value = "on")]
     pub prefix_cache: PrefixCache,
@@ -134,6 +139,7 @@ impl WorkerArgs {
         argv.flag("max-step-tokens", self.max_step_tokens);
         argv.flag("block-tokens", self.block_tokens);
         argv.flag("kv-bytes", self.kv_bytes);
+        argv.optional("device-memory-percent", self.device_memory_percent);
         argv.choice("prefix-cache", self.prefix_cache);
         argv.choice("generation-defaults", self.generation_defaults);
         argv.flag("step-timeout-seconds", self.step_timeout_seconds);
@@ -180,6 +186,7 @@ mod tests {
             threads: Some(3),
             max_model_len: Some(8192),
             kv_bytes: 1 << 40,
+            device_memory_percent: Some(90),
             prefix_cache: PrefixCache::Off,
             generation_defaults: GenerationDefaults::Neutral,
             termination_log: Some("/dev/termination-log".into()),

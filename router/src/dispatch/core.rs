@@ -15,7 +15,7 @@ use swallow_policy::{
 use swallow_rpc::worker::v1::cancel;
 use tokio_util::sync::CancellationToken;
 
-use super::Flight;
+use super::{Flight, Part};
 use crate::{
     discover::Replica,
     fleet::{ModelEntry, ModelFiles},
@@ -32,6 +32,12 @@ pub(crate) struct Core {
     pub waiting: HashMap<RequestId, Arc<Flight>>,
     pub retries: RetryBudget,
     pub stopping: bool,
+    /// Nothing goes on elsewhere any more: sessions are being cut.
+    pub cut: bool,
+    /// When discovery gave its first set.
+    pub discovered: Option<Duration>,
+    /// See `Dispatcher::is_settled`; stays true.
+    settled: bool,
     /// When resting replicas may be tried that somebody waits for.
     rested: BTreeSet<(Duration, ModelId)>,
     next_request: u64,
@@ -69,6 +75,8 @@ pub(crate) struct Known {
     pub offer: Option<Offer>,
     /// It serves something else than the model's ready replicas.
     pub aside: bool,
+    /// Its first attempt is over: its files came, or they did not.
+    pub tried: bool,
     /// As last told to the observer.
     pub state: ReplicaState,
     /// Ends its session when its streams are done.
@@ -91,6 +99,9 @@ impl Core {
             waiting: HashMap::new(),
             retries: RetryBudget::default(),
             stopping: false,
+            cut: false,
+            discovered: None,
+            settled: false,
             rested: BTreeSet::new(),
             next_request: 0,
             next_replica: 0,
@@ -124,6 +135,17 @@ impl Core {
         ReplicaId(self.next_replica)
     }
 
+    /// Whether every replica of discovery's first set was tried, or had until `limit` after it.
+    pub fn settle(&mut self, now: Duration, limit: Duration) -> bool {
+        let Some(discovered) = self.discovered else {
+            return false;
+        };
+        let is_through = |known: &Known| known.tried || known.leave.is_cancelled();
+        self.settled =
+            self.settled || now.saturating_sub(discovered) >= limit || self.replicas.values().all(is_through);
+        self.settled
+    }
+
     /// When the clock has something to do.
     pub fn next_due(&self) -> Option<Duration> {
         self.queue
@@ -155,13 +177,16 @@ impl Core {
         }
     }
 
-    /// Chooses a replica for a flight and submits it. `Err`: nobody can take it now.
+    /// Chooses a replica for what a flight has to run and submits that. `Err`: nobody can take it now.
     pub fn place(
         &mut self,
         flight: &Arc<Flight>,
+        parts: &[Part],
         now: Duration,
         draw: u64,
     ) -> Result<(Choice, Arc<Link>), Blocked> {
+        let said = parts.iter().map(|part| part.said.len()).max().unwrap_or(0);
+        let prompt_tokens = flight.ask.prompt.len() + said;
         let model = &mut self.models[flight.model.0 as usize];
         loop {
             let boot = |id| {
@@ -175,9 +200,12 @@ impl Core {
             };
             let excluded = flight.excluded(boot);
             let ask = Ask {
-                prompt_tokens: u32::try_from(flight.ask.prompt.len()).expect("bounded by max_model_len"),
-                max_tokens: flight.ask.max_tokens,
-                candidates: flight.ask.candidates,
+                prompt_tokens: u32::try_from(prompt_tokens).expect("bounded by max_model_len"),
+                max_tokens: flight
+                    .ask
+                    .max_tokens
+                    .saturating_sub(u32::try_from(said).unwrap_or(u32::MAX)),
+                candidates: u32::try_from(parts.len()).expect("candidates are counted in 32 bits"),
                 keys: &flight.keys,
                 excluded: &excluded,
             };
@@ -188,7 +216,7 @@ impl Core {
                 .get(&choice.replica)
                 .expect("a replica of a fleet is known");
             let link = Arc::clone(known.link.as_ref().expect("a ready replica has a session"));
-            match link.submit(flight, flight.attempt(), tickets) {
+            match link.submit(flight, flight.attempt(), parts, tickets) {
                 Ok(handles) => {
                     if let Err(handles) = flight.placed(Arc::clone(&link), handles) {
                         let unsent = link.cancel(flight, &handles, cancel::Reason::ClientGone);

@@ -1,8 +1,9 @@
 //! One request on its way: where it is, and what came of it that its client has not read yet.
 //!
-//! Sessions push, the client's stream pulls; nobody waits for the other. A request stays movable until the client has
-//! read something: up to then a lost replica's output is thrown away and another replica starts over. Each placement
-//! has its own attempt number, and what an earlier attempt still says is not heard.
+//! Sessions push, the client's stream pulls; nobody waits for the other. A request that loses its replica goes to
+//! another one. If the client has read nothing, that one starts over; if it has, that one continues after the tokens
+//! that had come, each candidate for itself, and the client's stream goes on where it was. Each placement has its own
+//! attempt number, and what an earlier attempt still says is not heard.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -43,8 +44,18 @@ pub(crate) enum Place {
     Nowhere,
     /// In the queue.
     Queued,
-    /// On a replica, under one handle a candidate.
+    /// On a replica, under one handle a candidate; 0, which names nobody, where a candidate was over before.
     Placed(Arc<Link>, Vec<u32>),
+}
+
+/// A candidate that is to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub candidate: u32,
+    /// What it said already, on other replicas.
+    pub said: Vec<u32>,
+    /// Its client wants the prompt's scores, if it asked for them at all.
+    pub fresh: bool,
 }
 
 /// How it ended, otherwise than well.
@@ -61,15 +72,17 @@ struct State {
     place: Place,
     attempt: u32,
     losses: u32,
-    /// The last of them.
-    lost_on: Option<Arc<str>>,
+    /// The last of them, and what was seen.
+    lost_on: Option<(Arc<str>, String)>,
     /// Replicas not to try again, as long as they are the same process.
     excluded: Vec<(ReplicaId, Vec<u8>)>,
     /// Some replica accepted it; this stays true when it moves.
     accepted: bool,
-    /// The client has read something: it is bound to its replica.
+    /// The client has read something: what comes from now on continues it.
     bound: bool,
     output: Output,
+    /// Every token of each candidate, read or not.
+    said: Vec<Vec<u32>>,
     /// Tokens that the client has read.
     read_tokens: u32,
     end: Option<End>,
@@ -108,6 +121,7 @@ impl Flight {
             accepted: false,
             bound: false,
             output: Output::new(&ask),
+            said: vec![Vec::new(); ask.candidates as usize],
             read_tokens: 0,
             end: None,
             waker: None,
@@ -151,6 +165,25 @@ impl Flight {
         state.excluded.iter().filter(same).map(|(id, _)| *id).collect()
     }
 
+    /// Its client has a stream.
+    pub fn is_accepted(&self) -> bool {
+        self.state().accepted
+    }
+
+    /// What is to run: nothing, if its client has stopped every candidate in the meantime.
+    pub fn parts(&self) -> Vec<Part> {
+        let state = self.state();
+        let open = (0..)
+            .zip(&state.said)
+            .filter(|(candidate, _)| state.output.is_open(*candidate));
+        open.map(|(candidate, said)| Part {
+            candidate,
+            said: said.clone(),
+            fresh: !state.bound,
+        })
+        .collect()
+    }
+
     /// It was submitted. The handles come back if it is over already: somebody has to cancel them.
     pub fn placed(&self, link: Arc<Link>, handles: Vec<u32>) -> Result<(), Vec<u32>> {
         let mut state = self.state();
@@ -176,11 +209,9 @@ impl Flight {
         };
         if eviction.cause == MoveCause::Lost {
             state.losses += 1;
-            state.lost_on = Some(Arc::clone(&eviction.replica_name));
+            state.lost_on = Some((Arc::clone(&eviction.replica_name), eviction.text.clone()));
         }
-        let end = if state.bound {
-            failed(eviction.text.clone())
-        } else if state.losses >= LOSSES_MAX {
+        let end = if state.losses >= LOSSES_MAX {
             let text = &eviction.text;
             failed(format!(
                 "{text}; it is the second one lost under this request, which is not tried on a third"
@@ -192,11 +223,22 @@ impl Flight {
             ))
         } else {
             state.attempt += 1;
-            state.output = Output::new(&self.ask);
+            if state.bound {
+                state.close_full(self.ask.max_tokens);
+            } else {
+                state.output = Output::new(&self.ask);
+                state.said.iter_mut().for_each(Vec::clear);
+            }
             if let Some(boot) = &eviction.exclude_boot {
                 state.excluded.push((eviction.replica, boot.clone()));
             }
-            return (Withdrawn::Movable, place);
+            let what = if state.output.is_running() {
+                Withdrawn::Movable
+            } else {
+                Withdrawn::Over
+            };
+            state.wake();
+            return (what, place);
         };
         state.finish(end);
         (Withdrawn::Over, place)
@@ -209,11 +251,10 @@ impl Flight {
         let tokens = state.read_tokens;
         let end = match (refusal, &state.lost_on) {
             (Refusal::Deadline, _) if state.accepted => End::Failed(Failure::Deadline { tokens }),
-            (refusal, Some(replica)) if refusal != Refusal::Deadline => {
-                let cause = format!("nothing had come of the request; then, {refusal}");
+            (refusal, Some((replica, text))) if refusal != Refusal::Deadline => {
                 End::Failed(Failure::ReplicaLost {
                     replica: replica.to_string(),
-                    cause,
+                    cause: format!("{text}; no other could go on with it: {refusal}"),
                 })
             }
             (refusal, _) if state.accepted => End::Failed(Failure::Worker(refusal.to_string())),
@@ -266,6 +307,7 @@ impl Flight {
             return false;
         }
         state.output.push_tokens(candidate, tokens, scores);
+        state.said[candidate as usize].extend_from_slice(tokens);
         state.wake();
         true
     }
@@ -344,6 +386,17 @@ impl Flight {
 }
 
 impl State {
+    /// Candidates whose last word was lost with the replica, though nothing is missing but that.
+    fn close_full(&mut self, max_tokens: u32) {
+        for candidate in 0..self.said.len() {
+            let full = self.said[candidate].len() >= max_tokens as usize;
+            let candidate = u32::try_from(candidate).expect("candidates are counted in 32 bits");
+            if full && self.output.is_open(candidate) {
+                self.output.push_finished(candidate, Finish::Length);
+            }
+        }
+    }
+
     /// It goes on, and on this attempt.
     fn hears(&self, attempt: u32) -> bool {
         self.end.is_none() && self.attempt == attempt

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::{
-    Core, Eviction, Flight, Place, Shared, Withdrawn,
+    Core, Eviction, Flight, Place, SETTLE_LIMIT, Shared, Withdrawn,
     core::{Known, Model, Offer, Spec, take_back},
 };
 use crate::{
@@ -27,6 +27,7 @@ impl Shared {
     pub fn discovered(&self, set: Vec<Replica>, cut: &CancellationToken) -> Vec<Target> {
         let mut core = self.lock();
         let core = &mut *core;
+        core.discovered.get_or_insert(self.now());
         let staying: HashSet<&Replica> = set.iter().collect();
         // Ascending: a new model is published before those that were found after it.
         let mut touched: BTreeSet<ModelId> = BTreeSet::new();
@@ -51,13 +52,39 @@ impl Shared {
         targets
     }
 
+    /// Models that are there even without replicas.
+    pub fn declared(&self, models: Vec<Vec<String>>) {
+        let mut core = self.lock();
+        for names in models.iter().filter(|names| !names.is_empty()) {
+            let model = core.model_named(names);
+            self.publish(&mut core, model);
+        }
+    }
+
+    /// An attempt to use a replica is over.
+    pub fn tried(&self, target: &Target) {
+        if let Some(known) = self.lock().replicas.get_mut(&target.replica) {
+            known.tried = true;
+        }
+    }
+
+    /// See `Dispatcher::is_settled`.
+    pub fn is_settled(&self) -> bool {
+        let now = self.now();
+        self.lock().settle(now, SETTLE_LIMIT)
+    }
+
     /// A session's task is over for good.
     pub fn gone(&self, target: &Target) {
         let mut core = self.lock();
         core.replicas.remove(&target.replica);
         core.model_mut(target.model).fleet.remove(target.replica);
-        self.observer
-            .replica(&target.model_name, &target.replica_name, ReplicaState::Gone);
+        // A pod that took over the name has the series now.
+        let same = |known: &Known| known.model == target.model && known.name == target.replica_name;
+        if !core.replicas.values().any(same) {
+            self.observer
+                .replica(&target.model_name, &target.replica_name, ReplicaState::Gone);
+        }
         info!(
             model = &*target.model_name,
             replica = &*target.replica_name,
@@ -100,6 +127,7 @@ impl Shared {
             .filter(|spec| *spec.files == files);
         let files = same.map_or_else(|| Arc::new(files), |spec| Arc::clone(&spec.files));
         if let Some(known) = core.replicas.get_mut(&link.replica) {
+            known.tried = true;
             let spec = Spec {
                 vocab_size,
                 eos_token_ids,
@@ -179,7 +207,7 @@ impl Shared {
         }
         take_back(fleet, heard.unsent, now);
         for (flight, attempt, cause, text) in heard.evicted {
-            let boot = link.boot.get().filter(|_| cause == MoveCause::Busy).cloned();
+            let boot = link.boot.get().filter(|_| cause != MoveCause::Draining).cloned();
             self.evict(&mut core, &flight, attempt, &eviction(link, cause, text, boot));
         }
         self.pump(&mut core, link.model);
@@ -245,7 +273,7 @@ impl Shared {
         if what == Withdrawn::Over {
             return;
         }
-        if core.stopping {
+        if core.cut || core.stopping && !flight.is_accepted() {
             flight.refuse(Refusal::ShuttingDown);
         } else if eviction.cause == MoveCause::Busy && !core.retries.spend() {
             let retry_after = core.queue.retry_after(self.now());
@@ -346,6 +374,7 @@ impl Core {
                 link: None,
                 offer: None,
                 aside: false,
+                tried: false,
                 state,
                 leave,
             },

@@ -5,6 +5,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -16,6 +17,8 @@ use tonic::transport::Channel;
 
 /// The largest tokenizers have some 35 MB.
 const FILE_BYTES_MAX: u64 = 256 << 20;
+/// Between two chunks of a file.
+const CHUNK_LIMIT: Duration = Duration::from_secs(10);
 /// The protocol names six.
 const FILES_MAX: usize = 32;
 
@@ -144,10 +147,17 @@ async fn fetch(client: &mut WorkerServiceClient<Channel>, file: &File) -> Result
     let request = GetModelFileRequest {
         digest: file.digest.clone(),
     };
-    let mut chunks = client.get_model_file(request).await.map_err(status)?.into_inner();
+    // Other replicas of the model wait for this one's answer: one that hangs must not hold them up.
+    let slow = |_| status(tonic::Status::deadline_exceeded("the replica stopped sending"));
+    let answer = tokio::time::timeout(CHUNK_LIMIT, client.get_model_file(request));
+    let mut chunks = answer.await.map_err(slow)?.map_err(status)?.into_inner();
     // Not the announced size at once: it is a claim until the bytes are here.
     let mut bytes = BytesMut::new();
-    while let Some(part) = chunks.message().await.map_err(status)? {
+    while let Some(part) = tokio::time::timeout(CHUNK_LIMIT, chunks.message())
+        .await
+        .map_err(slow)?
+        .map_err(status)?
+    {
         bytes.extend_from_slice(&part.chunk);
         if bytes.len() as u64 > file.size_bytes {
             return Err(wrong(format!(

@@ -1,6 +1,6 @@
 //! grpc.health.v1: each service, and each model as `models/NAME`.
 //!
-//! A service is serving until the router drains. A model is serving while a replica of it is ready and its files give
+//! A service is serving from when the router has looked for replicas until it is told to end. A model is serving while a replica of it is ready and its files give
 //! text; looking at that also reads the files before the first request needs them.
 
 use std::{collections::HashMap, time::Duration};
@@ -50,23 +50,23 @@ impl Health {
         ))
     }
 
-    /// Keeps the answers true until the router drains, and says so then.
+    /// Keeps the answers true until the router is told to end, and says so then.
     pub async fn watch(self, door: Door) {
         let mut told: HashMap<String, bool> = HashMap::new();
         let mut ticks = tokio::time::interval(LOOK);
         loop {
             ticks.tick().await;
-            let draining = door.is_draining();
+            let (leaving, ready) = (door.is_leaving(), door.is_ready());
             for service in SERVICES {
-                self.tell(&mut told, service.to_owned(), !draining).await;
+                self.tell(&mut told, service.to_owned(), ready).await;
             }
             for entry in door.models() {
-                let serving = !draining && entry.ready_replicas > 0 && door.text(&entry).await.is_ok();
+                let serving = !leaving && entry.ready_replicas > 0 && door.text(&entry).await.is_ok();
                 for name in std::iter::once(&entry.name).chain(&entry.aliases) {
                     self.tell(&mut told, format!("models/{name}"), serving).await;
                 }
             }
-            if draining {
+            if leaving {
                 return;
             }
         }

@@ -1,11 +1,11 @@
 //! What dispatching tells, counted. Replicas leave with their series.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use swallow_policy::{Depth, Load, Why};
 
 use super::Metrics;
-use crate::observe::{MoveCause, Observer, ReplicaState};
+use crate::observe::{MoveCause, Observer, ReplicaState, WatchEnd};
 
 impl Observer for Metrics {
     fn chose(&self, model: &str, _replica: &str, why: &Why, waited: Duration) {
@@ -96,6 +96,24 @@ impl Observer for Metrics {
 
     fn slow_client(&self, model: &str) {
         self.dispatch.slow_clients.with_label_values(&[model]).inc();
+    }
+
+    fn endpoints(&self, model: &str, count: usize) {
+        self.discovery
+            .endpoints
+            .with_label_values(&[model])
+            .set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    fn watch_ended(&self, model: &str, end: WatchEnd) {
+        self.discovery
+            .watch_ends
+            .with_label_values(&[model, end.label()])
+            .inc();
+    }
+
+    fn discovery_stale(&self, model: &str, since: Option<Instant>) {
+        self.stale().insert(model.to_owned(), since);
     }
 
     fn cache_events_missed(&self, model: &str, _replica: &str) {

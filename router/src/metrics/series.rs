@@ -1,7 +1,7 @@
 //! The series, in groups of what feeds them.
 
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     exponential_buckets,
 };
 
@@ -63,6 +63,7 @@ pub(super) struct Calls {
     pub ignored_fields: IntCounterVec,
     pub open: IntGaugeVec,
     pub connections: IntGaugeVec,
+    pub panics: IntCounterVec,
     pub overhead: [Histogram; Stage::ALL.len()],
 }
 
@@ -89,6 +90,11 @@ impl Calls {
             ),
             open: make.gauges("open_streams", "Requests that are being answered.", METHOD),
             connections: make.gauges("connections", "Open client connections.", &["protocol"]),
+            panics: make.counter(
+                "request_panics_total",
+                "Requests that ended because the router itself failed on them.",
+                &["protocol"],
+            ),
             overhead: Stage::ALL.map(|stage| overhead.with_label_values(&[stage.label()])),
         }
     }
@@ -169,7 +175,7 @@ impl Dispatch {
             ),
             moves: make.counter(
                 "moves_total",
-                "Requests that had shown nothing and went back to the queue, by cause.",
+                "Requests that lost their replica and went back to the queue, to start over or to go on, by cause.",
                 &["model", "cause"],
             ),
             slow_clients: make.counter(
@@ -224,6 +230,37 @@ impl Replicas {
                 "Times that a replica's cache became unknown until its next session.",
                 MODEL,
             ),
+        }
+    }
+}
+
+/// What discovery hears.
+pub(super) struct Discovery {
+    pub endpoints: IntGaugeVec,
+    pub watch_ends: IntCounterVec,
+    pub stale: GaugeVec,
+}
+
+impl Discovery {
+    pub fn new(make: &Maker) -> Self {
+        Self {
+            endpoints: make.gauges(
+                "discovered_endpoints",
+                "Replicas of a model that discovery found.",
+                MODEL,
+            ),
+            watch_ends: make.counter(
+                "discovery_watch_ends_total",
+                "Watches on a model's endpoints that ended and were begun again, by how they ended.",
+                &["model", "end"],
+            ),
+            stale: make.keep(GaugeVec::new(
+                opts(
+                    "discovery_stale_seconds",
+                    "Since when nothing was heard of a model's endpoints; 0 while they are watched.",
+                ),
+                MODEL,
+            )),
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::{
 
 /// Why a request gets no answer.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Problem {
+pub(crate) enum Problem {
     #[error(transparent)]
     Fault(#[from] Fault),
     #[error(transparent)]
@@ -25,6 +25,8 @@ pub(super) enum Problem {
     NoRoute(String),
     #[error("{0}")]
     NoMethod(String),
+    #[error("{0}")]
+    Internal(&'static str),
 }
 
 impl From<Invalid> for Problem {
@@ -39,6 +41,7 @@ impl Problem {
             Self::Fault(fault) => fault.code(),
             Self::Body(_) | Self::NoMethod(_) => Code::InvalidArgument,
             Self::NoRoute(_) => Code::NotFound,
+            Self::Internal(_) => Code::Internal,
         }
     }
 
@@ -50,11 +53,12 @@ impl Problem {
             Self::Body(BodyError::Broken(_)) => StatusCode::BAD_REQUEST,
             Self::NoRoute(_) => StatusCode::NOT_FOUND,
             Self::NoMethod(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
     /// The error's object, as a body or as the last event of a stream.
-    pub(super) fn body(&self) -> Value {
+    pub(crate) fn body(&self) -> Value {
         let status = self.status();
         let (reason, param) = match self {
             Self::Fault(fault) => (fault.reason().to_ascii_lowercase(), param(fault)),
@@ -62,6 +66,7 @@ impl Problem {
             Self::Body(_) => ("body_incomplete".to_owned(), None),
             Self::NoRoute(_) => ("no_such_path".to_owned(), None),
             Self::NoMethod(_) => ("method_not_allowed".to_owned(), None),
+            Self::Internal(_) => ("internal".to_owned(), None),
         };
         let kind = match status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",

@@ -61,11 +61,15 @@ impl Link {
             );
             return Err(Broken(what));
         }
+        // Before anything is taken in: what a ticket has heard must reach the dispatcher, or its end does not add up.
+        if let Some(columns) = &frame.logprobs {
+            check(columns)?;
+        }
         for accepted in &frame.accepted {
             state.accepted(accepted, &mut heard);
         }
         let mut scores = match &frame.logprobs {
-            Some(columns) => state.scores(columns)?,
+            Some(columns) => state.scores(columns),
             None => OutputScores::new(),
         };
         for (&handle, &token) in frame.handle.iter().zip(&frame.token_id) {
@@ -131,29 +135,15 @@ impl LinkState {
         }
     }
 
-    fn scores(&mut self, columns: &LogprobColumns) -> Result<OutputScores, Broken> {
-        let rows = columns.handle.len();
-        let lengths = [
-            columns.position.len(),
-            columns.token_id.len(),
-            columns.logprob.len(),
-            columns.rank.len(),
-            columns.top_n.len(),
-        ];
-        let tops: usize = columns.top_n.iter().map(|&n| n as usize).sum();
-        if lengths.iter().any(|&n| n != rows)
-            || columns.top_ids.len() != tops
-            || columns.top_logprobs.len() != tops
-        {
-            return Err(Broken("columns of log-probabilities differ in length".into()));
-        }
+    /// `columns` passed `check`.
+    fn scores(&mut self, columns: &LogprobColumns) -> OutputScores {
         let mut outputs = OutputScores::new();
         let mut top = columns
             .top_ids
             .iter()
             .copied()
             .zip(columns.top_logprobs.iter().copied());
-        for row in 0..rows {
+        for row in 0..columns.handle.len() {
             let score = Score {
                 token: columns.token_id[row],
                 logprob: columns.logprob[row],
@@ -170,7 +160,7 @@ impl LinkState {
                 entry.flight.push_prompt_score(entry.attempt, position, score);
             }
         }
-        Ok(outputs)
+        outputs
     }
 
     fn finished(&mut self, finished: Finished, heard: &mut Heard) {
@@ -192,31 +182,32 @@ impl LinkState {
                 self.cut(&entry.flight, cancel::Reason::Deadline, heard);
                 Ending::Neutral
             }
-            Reason::Rejected if !draining => {
+            Reason::Rejected => {
                 entry
                     .flight
                     .refuse(crate::ask::Refusal::Invalid(finished.message));
                 self.cut(&entry.flight, cancel::Reason::ClientGone, heard);
                 Ending::Neutral
             }
-            // The worker cancels by itself only what its shutdown leaves no time for.
-            Reason::Busy | Reason::Rejected | Reason::Cancelled => {
-                let cause = if draining {
-                    MoveCause::Draining
-                } else {
-                    MoveCause::Busy
+            // The worker ends by itself only what its shutdown leaves no time for, or what its engine fails at: another
+            // one goes on with it.
+            reason => {
+                let failed = matches!(reason, Reason::Error | Reason::Unspecified);
+                let cause = match (draining, failed) {
+                    (true, _) => MoveCause::Draining,
+                    (false, true) => MoveCause::Lost,
+                    (false, false) => MoveCause::Busy,
                 };
                 let text = Some(finished.message).filter(|text| !text.is_empty());
                 let text = text.unwrap_or_else(|| "the replica gave the request back".into());
                 heard
                     .evicted
                     .push((Arc::clone(&entry.flight), entry.attempt, cause, text));
-                Ending::Neutral
-            }
-            Reason::Error | Reason::Unspecified => {
-                entry.flight.fail(Failure::Worker(finished.message));
-                self.cut(&entry.flight, cancel::Reason::ClientGone, heard);
-                Ending::Failed
+                if failed && !draining {
+                    Ending::Failed
+                } else {
+                    Ending::Neutral
+                }
             }
         };
         heard.endings.push((entry.ticket, ending));
@@ -242,5 +233,97 @@ impl LinkState {
         let why = why(finished.stop_token_id.unwrap_or_default());
         entry.flight.push_finished(entry.attempt, entry.candidate, why);
         Ending::Well { tokens: entry.heard }
+    }
+}
+
+/// Whether the columns are rows.
+fn check(columns: &LogprobColumns) -> Result<(), Broken> {
+    let rows = columns.handle.len();
+    let lengths = [
+        columns.position.len(),
+        columns.token_id.len(),
+        columns.logprob.len(),
+        columns.rank.len(),
+        columns.top_n.len(),
+    ];
+    let tops: usize = columns.top_n.iter().map(|&n| n as usize).sum();
+    if lengths.iter().any(|&n| n != rows)
+        || columns.top_ids.len() != tops
+        || columns.top_logprobs.len() != tops
+    {
+        return Err(Broken("columns of log-probabilities differ in length".into()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use swallow_policy::{Ask as Asked, Capacity, Fleet, ModelId, ReplicaId, RequestId, Work, choose};
+
+    use super::*;
+    use crate::ask::{Ask, Sampling};
+
+    fn ask() -> Ask {
+        Ask {
+            model: "m".into(),
+            uuid: uuid::Uuid::nil(),
+            prompt: [1, 2, 3].into(),
+            candidates: 1,
+            sampling: Sampling::default(),
+            max_tokens: 5,
+            min_tokens: 0,
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+            logprobs: Some(0),
+            prompt_logprobs: None,
+            cache_salt: 0,
+            deadline: None,
+            max_queue_wait: None,
+        }
+    }
+
+    #[test]
+    fn a_frame_that_makes_no_sense_leaves_the_work_in_order() {
+        let (replica, model) = (ReplicaId(1), ModelId(0));
+        let mut fleet = Fleet::default();
+        let capacity = Capacity {
+            max_step_tokens: 512,
+            block_tokens: 16,
+            n_blocks: 64,
+            prefill_tokens_per_second: 1000,
+        };
+        fleet.add(replica);
+        fleet.connected(replica, capacity, b"boot", 4);
+        fleet.ready(replica);
+        let asked = Asked {
+            prompt_tokens: 3,
+            max_tokens: 5,
+            candidates: 1,
+            keys: &[],
+            excluded: &[],
+        };
+        let choice = choose(&fleet, &asked, Duration::ZERO, 0).expect("it is ready");
+        let tickets = fleet.place(&choice, &asked);
+        let link = Link::new((replica, "r".into()), (model, "m".into()));
+        let flight = Flight::new(RequestId(1), model, ask(), Vec::new(), 100);
+        let handles = link.submit(&flight, 0, &flight.parts(), tickets).expect("it is open");
+
+        let frame = StepOutput {
+            accepted: vec![Accepted {
+                handle: handles[0],
+                cached_tokens: 1,
+            }],
+            logprobs: Some(LogprobColumns {
+                handle: vec![handles[0]],
+                ..LogprobColumns::default()
+            }),
+            ..StepOutput::default()
+        };
+        assert!(link.hear(frame).is_err());
+        for entry in link.close() {
+            fleet.finish(entry.ticket, Ending::Neutral, Duration::ZERO, 0);
+        }
+        let left = fleet.replica(replica).expect("it is there").work();
+        assert_eq!(left, Work::default());
     }
 }

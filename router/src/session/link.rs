@@ -20,7 +20,7 @@ use super::{
     outbox::{Outbox, Pending},
     wire,
 };
-use crate::dispatch::Flight;
+use crate::dispatch::{Flight, Part};
 
 /// One session.
 #[derive(Debug)]
@@ -83,19 +83,24 @@ impl Link {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues all candidates of a request, one ticket each. The tickets come back if the session is over.
+    /// Queues the candidates of a request that are to run, one ticket each. Gives the handle of each candidate, 0 for
+    /// those that are over. The tickets come back if the session is over.
     pub fn submit(
         &self,
         flight: &Arc<Flight>,
         attempt: u32,
+        parts: &[Part],
         tickets: Vec<Ticket>,
     ) -> Result<Vec<u32>, (Closed, Vec<Ticket>)> {
         let mut state = self.state();
         if state.closed {
             return Err((Closed, tickets));
         }
-        let submit = |(candidate, ticket)| state.submit(Arc::clone(flight), attempt, candidate, ticket);
-        Ok((0..).zip(tickets).map(submit).collect())
+        let mut handles = vec![0; flight.ask.candidates as usize];
+        for (part, ticket) in parts.iter().zip(tickets) {
+            handles[part.candidate as usize] = state.submit(Arc::clone(flight), attempt, part, ticket);
+        }
+        Ok(handles)
     }
 
     /// The client wants no more of these candidates. Those that were never sent are over at once: their tickets come
@@ -175,12 +180,12 @@ impl LinkState {
             .collect()
     }
 
-    fn submit(&mut self, flight: Arc<Flight>, attempt: u32, candidate: u32, ticket: Ticket) -> u32 {
+    fn submit(&mut self, flight: Arc<Flight>, attempt: u32, part: &Part, ticket: Ticket) -> u32 {
         let handle = self.free.pop_front().unwrap_or_else(|| {
             self.entries.push(None);
             u32::try_from(self.entries.len()).expect("credits bound the handles far below 2^32")
         });
-        let request = wire::request(&flight.ask, handle, attempt, candidate);
+        let request = wire::request(&flight.ask, handle, attempt, part);
         self.outbox.submit(Pending {
             request,
             deadline: flight.ask.deadline,
@@ -190,7 +195,7 @@ impl LinkState {
         *place = Some(Entry {
             flight,
             attempt,
-            candidate,
+            candidate: part.candidate,
             ticket,
             heard: 0,
             cancelled: None,

@@ -2,18 +2,23 @@
 
 use swallow_rpc::worker::v1 as rpc;
 
-use crate::ask::{Ask, Sampling};
+use crate::{
+    ask::{Ask, Sampling},
+    dispatch::Part,
+};
 
 /// One candidate. The budget is filled in when the frame is made.
-pub(super) fn request(ask: &Ask, handle: u32, attempt: u32, candidate: u32) -> rpc::Request {
+pub(super) fn request(ask: &Ask, handle: u32, attempt: u32, part: &Part) -> rpc::Request {
+    let candidate = part.candidate;
     // The prompt is the same for all candidates: one of them scores it. If that is all there is to do, each does.
-    let scores_prompt = candidate == 0 || ask.max_tokens == 0;
+    // A client that has begun to read has the scores.
+    let scores_prompt = part.fresh && (candidate == 0 || ask.max_tokens == 0);
     rpc::Request {
         handle,
         request_uuid: ask.uuid.as_bytes().to_vec(),
         attempt,
         candidate,
-        prompt_ids: ask.prompt.to_vec(),
+        prompt_ids: [&ask.prompt, part.said.as_slice()].concat(),
         sampling: Some(sampling(&ask.sampling)),
         max_tokens: ask.max_tokens,
         min_tokens: ask.min_tokens,
@@ -23,6 +28,7 @@ pub(super) fn request(ask: &Ask, handle: u32, attempt: u32, candidate: u32) -> r
         prompt_logprobs: ask.prompt_logprobs.filter(|_| scores_prompt),
         budget: None,
         cache_salt: ask.cache_salt,
+        resumed_tokens: u32::try_from(part.said.len()).expect("at most max_tokens"),
     }
 }
 

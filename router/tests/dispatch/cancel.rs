@@ -161,13 +161,14 @@ async fn a_deadline_binds_in_decode() {
 async fn an_answer_that_was_ready_is_not_late() {
     let worker = worker();
     let house = house(&[&worker], |_| {}).await;
+    let deadline = within(300);
     let mut generation = house
         .start(Ask {
-            deadline: within(300),
+            deadline,
             ..ask([1], 3)
         })
         .await;
     while !matches!(generation.next().await, Some(Ok(Event::Finished { .. }))) {}
-    tokio::time::sleep(Duration::from_millis(350)).await;
+    tokio::time::sleep_until(deadline.expect("given above")).await;
     assert_eq!(generation.next().await, None, "all was read before the deadline");
 }

@@ -64,13 +64,70 @@ async fn a_request_that_showed_nothing_moves_when_its_replica_dies() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_started_stream_whose_replica_dies_fails() {
+async fn a_started_stream_goes_on_elsewhere_when_its_replica_dies() {
     let mut workers = [worker(), worker()];
     let house = house(&workers.each_ref(), |_| {}).await;
-    let mut generation = house.start(ask([1, 2], 100_000)).await;
-    while !matches!(generation.next().await, Some(Ok(Event::Tokens { .. }))) {}
+    let asked = Ask {
+        candidates: 3,
+        logprobs: Some(2),
+        sampling: Sampling {
+            seed: Some(7),
+            ..Sampling::default()
+        },
+        ..ask([1, 2], 400)
+    };
+    let mut generation = house.start(asked.clone()).await;
+    let first = next_tokens(&mut generation).await;
     let (its, other) = split(&mut workers, |worker| worker.live() > 0);
     its.kill();
+    let answer = answer_after(first, generation).await.expect("it goes on");
+    for candidate in 0..3 {
+        assert_eq!(answer.tokens[&candidate], expected(&asked, candidate));
+        assert_eq!(answer.scores[&candidate], 400, "each token has its own score");
+    }
+    let seen = other.seen();
+    assert_eq!(seen.attempts, [1, 1, 1]);
+    assert!(
+        seen.tokens < 3 * 400,
+        "nothing is generated twice: {}",
+        seen.tokens
+    );
+    assert_eq!(house.told().moves, [MoveCause::Lost]);
+    house.settles(64).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn candidates_that_are_over_are_not_run_again() {
+    let mut workers = [worker(), worker()];
+    let house = house(&workers.each_ref(), |_| {}).await;
+    let asked = Ask {
+        candidates: 3,
+        ..ask([1, 2], 400)
+    };
+    let mut generation = house.start(asked.clone()).await;
+    let first = next_tokens(&mut generation).await;
+    generation.stop(1);
+    let (its, other) = split(&mut workers, |worker| worker.live() > 0);
+    its.kill();
+    let answer = answer_after(first, generation).await.expect("it goes on");
+    assert_eq!(other.seen().requests, 2, "candidate 1 was stopped");
+    for candidate in [0, 2] {
+        assert_eq!(answer.tokens[&candidate], expected(&asked, candidate));
+    }
+    house.settles(64).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_started_stream_waits_for_a_replica_and_fails_when_none_comes() {
+    let mut worker = worker();
+    let house = house(&[&worker], |config| {
+        config.max_queue_wait = Duration::from_millis(300)
+    })
+    .await;
+    let mut generation = house.start(ask([1, 2], 100_000)).await;
+    next_tokens(&mut generation).await;
+    let address = worker.address.to_string();
+    worker.kill();
     let failure = loop {
         match generation.next().await.expect("no clean end") {
             Ok(Event::Finished { .. }) => panic!("no clean end"),
@@ -79,12 +136,55 @@ async fn a_started_stream_whose_replica_dies_fails() {
         }
     };
     assert!(
-        matches!(&failure, Failure::ReplicaLost { replica, .. } if *replica == its.address.to_string()),
+        matches!(&failure, Failure::ReplicaLost { replica, .. } if *replica == address),
         "{failure:?}"
     );
     assert_eq!(generation.next().await, None);
-    assert_eq!(other.seen().requests, 0, "it is not tried again");
     drop(generation);
+    house.settles(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_started_stream_that_loses_two_replicas_is_not_tried_on_a_third() {
+    let mut workers = [worker(), worker(), worker()];
+    let house = house(&workers.each_ref(), |_| {}).await;
+    let mut generation = house.start(ask([1, 2], 100_000)).await;
+    for attempt in 0..2 {
+        next_tokens(&mut generation).await;
+        let its = |worker: &&mut MockWorker| worker.seen().attempts == [attempt];
+        until("it is placed", || {
+            workers.iter().any(|worker| worker.seen().attempts == [attempt])
+        })
+        .await;
+        workers.iter_mut().find(its).expect("it was placed").kill();
+    }
+    let failure = loop {
+        match generation.next().await.expect("no clean end") {
+            Ok(Event::Finished { .. }) => panic!("no clean end"),
+            Ok(_) => {}
+            Err(failure) => break failure,
+        }
+    };
+    assert!(
+        matches!(&failure, Failure::ReplicaLost { cause, .. } if cause.contains("second")),
+        "{failure:?}"
+    );
+    drop(generation);
+    house.settles(64).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_fails_hands_its_streams_over() {
+    let mut workers = [worker(), worker()];
+    let house = house(&workers.each_ref(), |_| {}).await;
+    let asked = ask([1, 2], 300);
+    let mut generation = house.start(asked.clone()).await;
+    let first = next_tokens(&mut generation).await;
+    let (its, other) = split(&mut workers, |worker| worker.live() > 0);
+    its.fail("rank 1 panicked in step 9");
+    let answer = answer_after(first, generation).await.expect("it goes on");
+    assert_eq!(answer.tokens[&0], expected(&asked, 0));
+    assert_eq!(other.seen().attempts, [1]);
     house.settles(64).await;
 }
 
@@ -144,7 +244,9 @@ async fn a_wedged_engine_is_lost_though_its_connection_lives() {
 async fn a_peer_that_is_gone_without_a_word_is_noticed() {
     // Nobody answers pings of either kind; the connection stays open.
     let mut shim = Shim::before(worker()).await;
-    let house = house_of(vec![replica(&shim.address.to_string(), &["m"])], |_| {});
+    let house = house_of(vec![replica(&shim.address.to_string(), &["m"])], |config| {
+        config.max_queue_wait = Duration::from_millis(300);
+    });
     house.ready("m", 1).await;
     let mut generation = house.start(ask([1, 2], 1_000_000)).await;
     while !matches!(generation.next().await, Some(Ok(Event::Tokens { .. }))) {}
@@ -303,8 +405,14 @@ async fn what_a_worker_refuses_is_refused_with_its_words() {
         Refusal::Invalid("prompt_ids: too long by 5".into())
     );
     worker.set(|config| config.turn_away = Some((1, Reason::Error, "step 9 failed".into())));
-    let failure = house.run(ask([1], 5)).await.expect_err("it failed");
-    assert_eq!(failure, Failure::Worker("step 9 failed".into()));
+    let failure = house
+        .run(ask([1], 5))
+        .await
+        .expect_err("it failed, and there is no other");
+    assert!(
+        matches!(&failure, Failure::ReplicaLost { cause, .. } if cause.contains("step 9 failed")),
+        "{failure:?}"
+    );
     house.settles(64).await;
 }
 
@@ -314,15 +422,18 @@ async fn a_replica_that_keeps_failing_rests() {
     let house = house(&workers.each_ref(), |_| {}).await;
     let (bad, good) = split(&mut workers, |_| true);
     bad.set(|config| config.turn_away = Some((usize::MAX, Reason::Error, "broken".into())));
-    let mut failures = 0;
-    while failures < 3 {
-        failures += u32::from(house.run(ask([fastrand::u32(0..1000)], 2)).await.is_err());
+    while bad.seen().requests < 3 {
+        house
+            .run(ask([fastrand::u32(0..1000)], 2))
+            .await
+            .expect("the other one goes on with it");
     }
     // Now and then one request tries it; the others are spared.
-    let mut probes = 0;
+    let before = bad.seen().requests;
     for i in 0..50 {
-        probes += usize::from(house.run(ask([1, i], 2)).await.is_err());
+        house.run(ask([1, i], 2)).await.expect("no fault");
     }
+    let probes = (bad.seen().requests - before) as usize;
     assert!(probes <= 4, "rests double: {probes}");
     assert!(good.seen().finished >= 46);
     // It works again: one more probe, and it is back.

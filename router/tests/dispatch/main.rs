@@ -2,10 +2,13 @@
 //! and nothing held when all is over.
 
 mod admission;
+mod api_server;
 mod cancel;
+mod discovery;
 mod faults;
 #[path = "../support/mock_worker.rs"]
 mod mock_worker;
+mod panics;
 mod spread;
 mod streams;
 
@@ -101,6 +104,7 @@ fn replica(address: &str, names: &[&str]) -> Replica {
     let served_names = names.iter().map(|&name| name.to_owned()).collect();
     Replica {
         id: address.to_owned(),
+        incarnation: String::new(),
         served_names,
         address: address.to_owned(),
     }
@@ -226,9 +230,33 @@ struct Answer {
 }
 
 /// Reads a stream to its end and checks the order of its events.
-async fn answer(mut generation: Generation) -> Result<Answer, Failure> {
+async fn answer(generation: Generation) -> Result<Answer, Failure> {
+    answer_after(Answer::default(), generation).await
+}
+
+/// Reads a stream until tokens have come, and gives what came.
+async fn next_tokens(generation: &mut Generation) -> Answer {
     let mut answer = Answer::default();
-    let mut first = true;
+    while answer.tokens.is_empty() {
+        match generation.next().await.expect("no end").expect("no fault") {
+            Event::Started { cached_tokens } => answer.cached_tokens = cached_tokens,
+            Event::Tokens {
+                candidate,
+                tokens,
+                scores,
+            } => {
+                answer.tokens.insert(candidate, tokens);
+                answer.scores.insert(candidate, scores.len());
+            }
+            other => panic!("unexpected: {other:?}"),
+        }
+    }
+    answer
+}
+
+/// Reads a stream to its end, where `answer` came of it before.
+async fn answer_after(mut answer: Answer, mut generation: Generation) -> Result<Answer, Failure> {
+    let mut first = answer == Answer::default();
     loop {
         let event = tokio::time::timeout(LIMIT, generation.next())
             .await

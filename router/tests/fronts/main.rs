@@ -2,5 +2,6 @@
 
 mod grpc;
 mod openai;
+mod panics;
 #[path = "../support/mod.rs"]
 mod support;

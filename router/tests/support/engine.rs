@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -46,6 +46,8 @@ pub struct Seen {
     stopped: Mutex<Vec<u32>>,
     dropped: AtomicUsize,
     drop_notice: Notify,
+    /// What the engine says about discovery; true from the start.
+    pub settled: AtomicBool,
 }
 
 impl Seen {
@@ -136,6 +138,10 @@ impl Engine for Scripted {
         }
         .boxed()
     }
+
+    fn is_settled(&self) -> bool {
+        self.seen.settled.load(Ordering::Acquire)
+    }
 }
 
 /// A router before a scripted engine.
@@ -193,7 +199,10 @@ pub async fn start(script: impl Fn(&Ask) -> Result<Events, Refusal> + Send + Syn
         entry(1, "absent", &[], None),
         entry(2, "mute", &[], Some(Arc::new(ModelFiles::default()))),
     ];
-    let seen = Arc::new(Seen::default());
+    let seen = Arc::new(Seen {
+        settled: AtomicBool::new(true),
+        ..Seen::default()
+    });
     let metrics = Arc::new(Metrics::new());
     let engine = Scripted {
         script: Box::new(script),

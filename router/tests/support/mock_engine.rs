@@ -218,7 +218,11 @@ impl Engine {
             .as_ref()
             .and_then(|sampling| sampling.seed)
             .unwrap_or(0);
-        let id = token(&request.prompt_ids, seed, request.candidate, sequence.emitted);
+        // What it continues counts as its own, as if it had been here from the first token.
+        let resumed = request.resumed_tokens as usize;
+        let own = &request.prompt_ids[..request.prompt_ids.len() - resumed];
+        let index = request.resumed_tokens + sequence.emitted;
+        let id = token(own, seed, request.candidate, index);
         frame.handle.push(request.handle);
         frame.token_id.push(id);
         if request.logprobs.is_some() {
@@ -226,10 +230,10 @@ impl Engine {
             push_score(frame, request.handle, position, id, request.logprobs);
         }
         sequence.emitted += 1;
-        if request.stop_token_ids.contains(&id) && sequence.emitted >= request.min_tokens {
+        if request.stop_token_ids.contains(&id) && index + 1 >= request.min_tokens {
             Some(Reason::StopToken)
         } else {
-            (sequence.emitted == request.max_tokens).then_some(Reason::Length)
+            (index + 1 == request.max_tokens).then_some(Reason::Length)
         }
     }
 

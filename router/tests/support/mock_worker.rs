@@ -211,10 +211,33 @@ impl MockWorker {
         }
     }
 
+    /// What a group does that failed: every request is told, then the process ends.
+    pub fn fail(&self, message: &str) {
+        let mut engine = self.inner.engine();
+        for sequence in std::mem::take(&mut engine.sequences) {
+            let finished = rpc::Finished {
+                handle: sequence.request.handle,
+                reason: Reason::Error.into(),
+                output_tokens: sequence.emitted,
+                message: message.to_owned(),
+                stop_token_id: None,
+            };
+            let step = rpc::StepOutput {
+                finished: vec![finished],
+                ..Default::default()
+            };
+            for session in engine.sessions.iter().filter(|to| to.id == sequence.session) {
+                session.send(Frame::Step(step.clone()));
+            }
+        }
+        engine.dead = true;
+        engine.sessions.clear();
+    }
+
     /// Tells every router that it takes no new request.
     pub fn go_away(&self) {
         let mut engine = self.inner.engine();
-        engine.config.turn_away = Some((usize::MAX, Reason::Rejected, "draining".into()));
+        engine.config.turn_away = Some((usize::MAX, Reason::Busy, "draining".into()));
         let drain = Some(prost_types::Duration {
             seconds: 30,
             nanos: 0,
@@ -271,8 +294,8 @@ impl Drop for MockWorker {
     }
 }
 
-/// The address of a worker that was killed is free at once.
-fn socket(address: SocketAddr) -> std::net::TcpListener {
+/// The address of a server that was killed is free at once.
+pub fn socket(address: SocketAddr) -> std::net::TcpListener {
     for _ in 0..200 {
         match std::net::TcpListener::bind(address) {
             Ok(listener) => {

@@ -109,8 +109,8 @@ impl Door {
         let order = Order {
             prompt: request.prompt_ids.into(),
             params,
-            max_tokens: request.max_tokens,
-            min_tokens: request.min_tokens,
+            max_tokens: request.max_tokens - request.resumed_tokens,
+            min_tokens: request.min_tokens.saturating_sub(request.resumed_tokens),
             stop_ids,
             ends_at_eos: !request.ignore_eos,
             prompt_logprobs: request.prompt_logprobs.is_some(),
@@ -139,7 +139,18 @@ impl Door {
                 request.min_tokens, request.max_tokens
             ));
         }
-        let (prompt, limit) = (request.prompt_ids.len(), self.max_model_len);
+        let resumed = request.resumed_tokens;
+        if resumed > 0 && request.prompt_logprobs.is_some() {
+            return Err("prompt_logprobs cannot be had of a resumed request; leave it out".into());
+        }
+        if resumed > 0 && (resumed >= request.max_tokens || resumed as usize >= request.prompt_ids.len()) {
+            return Err(format!(
+                "resumed_tokens is {resumed}; send less than max_tokens, {}, and less than prompt_ids has, {}",
+                request.max_tokens,
+                request.prompt_ids.len()
+            ));
+        }
+        let (prompt, limit) = (request.prompt_ids.len() - resumed as usize, self.max_model_len);
         if prompt as u64 + u64::from(request.max_tokens) > u64::from(limit) {
             return Err(format!(
                 "the prompt has {prompt} tokens and max_tokens is {}, together more than the model's {limit}; shorten \
@@ -209,6 +220,7 @@ impl Door {
             prompt_logprobs: request.prompt_logprobs,
             min_tokens: request.min_tokens,
             stop_ids,
+            resumed: request.resumed_tokens,
         })
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use prost_types::Duration as WireDuration;
 use swallow_rpc::worker::v1::{Capacity, Finished, GoAway, Pong, Welcome, finished, session_response::Frame};
-use swallow_schedule::{Ask, Micros};
+use swallow_schedule::{Ask, Micros, Refusal};
 use tonic::Status;
 use tracing::{info, warn};
 
@@ -118,19 +118,21 @@ impl<R: Runner> Engine<R> {
                 return self.close(id, Err(Status::invalid_argument(why)));
             }
             let admitted = if session.credit.unspent == 0 {
-                Err("no credit; send a request only against a credit".to_owned())
+                Err(Refused::busy("no credit; send a request only against a credit"))
             } else {
                 session.credit.unspent -= 1;
-                order.and_then(|(ticket, order)| self.admit(id, handle, ticket, *order, arrived))
+                order
+                    .map_err(Refused::rejected)
+                    .and_then(|(ticket, order)| self.admit(id, handle, ticket, *order, arrived))
             };
-            if let Err(message) = admitted {
+            if let Err(Refused { reason, message }) = admitted {
                 self.metrics.rejected();
                 let Some(session) = self.sessions.get_mut(id) else {
                     return;
                 };
                 session.finished(Finished {
                     handle,
-                    reason: finished::Reason::Rejected.into(),
+                    reason: reason.into(),
                     message,
                     ..Finished::default()
                 });
@@ -146,14 +148,16 @@ impl<R: Runner> Engine<R> {
         ticket: Ticket,
         order: Order,
         arrived: Instant,
-    ) -> Result<(), String> {
+    ) -> Result<(), Refused> {
         if self.drain_until.is_some() {
-            return Err("the replica is draining; send the request to another one".into());
+            return Err(Refused::busy(
+                "the replica is draining; send the request to another one",
+            ));
         }
         if self.tickets.contains(&ticket, arrived) {
-            return Err(
-                "this request, candidate and attempt came before; raise attempt to run it again".into(),
-            );
+            return Err(Refused::rejected(
+                "this request, candidate and attempt came before; raise attempt to run it again",
+            ));
         }
         let seq = self.lives.next_id();
         let live = Live::new(id, handle, &order, arrived);
@@ -170,7 +174,7 @@ impl<R: Runner> Engine<R> {
             prompt_logprobs: order.prompt_logprobs,
             deadline,
         };
-        self.scheduler.add(ask).map_err(|refusal| refusal.to_string())?;
+        self.scheduler.add(ask)?;
         self.tickets.take(ticket, arrived);
         self.runner.admit(seq, order.params, order.prompt);
         self.lives.insert(seq, live);
@@ -222,6 +226,43 @@ impl<R: Runner> Engine<R> {
     }
 }
 
+/// Why a request did not enter, and whether another replica might take it.
+struct Refused {
+    reason: finished::Reason,
+    message: String,
+}
+
+impl Refused {
+    /// There is nothing wrong with the request.
+    fn busy(message: impl Into<String>) -> Refused {
+        Refused {
+            reason: finished::Reason::Busy,
+            message: message.into(),
+        }
+    }
+
+    /// No replica would take it.
+    fn rejected(message: impl Into<String>) -> Refused {
+        Refused {
+            reason: finished::Reason::Rejected,
+            message: message.into(),
+        }
+    }
+}
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Refused {
+        match refusal {
+            Refusal::QueueFull { .. } => Refused::busy(refusal.to_string()),
+            Refusal::EmptyPrompt
+            | Refusal::NothingAsked
+            | Refusal::TooLong { .. }
+            | Refusal::NeverFits { .. }
+            | Refusal::DuplicateId(_) => Refused::rejected(refusal.to_string()),
+        }
+    }
+}
+
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
@@ -232,5 +273,18 @@ fn go_away(drain: Duration) -> GoAway {
     GoAway {
         reason: "the replica is shutting down".into(),
         drain,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_line_says_nothing_against_the_request() {
+        let full = Refused::from(Refusal::QueueFull { limit: 4 });
+        assert_eq!(full.reason, finished::Reason::Busy);
+        let never = Refused::from(Refusal::NeverFits { needed: 9, pool: 8 });
+        assert_eq!(never.reason, finished::Reason::Rejected);
     }
 }

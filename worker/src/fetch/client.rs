@@ -5,12 +5,13 @@
 
 use std::{fs, path::Path, time::Duration};
 
+use swallow_proto::launch::FetchArgs;
 use ureq::{
     Agent, Body,
     http::{Response, StatusCode, Uri, header},
 };
 
-use super::{Event, FetchError, Report, shown, wait_before};
+use super::{Event, FetchError, Report, shown, trust::tls, wait_before};
 use crate::checkpoint::one_line;
 
 /// How long to wait for the endpoint, and how often to try again.
@@ -79,11 +80,8 @@ impl Origin {
 const REDIRECTS_MOST: usize = 10;
 
 impl Client {
-    pub(super) fn new(
-        endpoint: &str,
-        token_file: Option<&Path>,
-        patience: Patience,
-    ) -> Result<Client, FetchError> {
+    pub(super) fn new(args: &FetchArgs, patience: Patience) -> Result<Client, FetchError> {
+        let endpoint = &args.endpoint;
         let bad = || FetchError::Argument {
             flag: "endpoint",
             expected: "an http:// or https:// address without user name, query and fragment",
@@ -106,9 +104,10 @@ impl Client {
             .timeout_connect(Some(patience.connect))
             .timeout_recv_response(Some(patience.stall))
             .timeout_per_read(Some(patience.stall))
+            .tls_config(tls(args.ca_file.as_deref())?)
             .build()
             .new_agent();
-        let token = token_file.map(read_token).transpose()?;
+        let token = args.token_file.as_deref().map(read_token).transpose()?;
         Ok(Client {
             agent,
             endpoint: endpoint.to_owned(),
@@ -169,9 +168,13 @@ impl Client {
         if from > 0 {
             request = request.header(header::RANGE, format!("bytes={from}-"));
         }
-        request
-            .call()
-            .map_err(|error| Trouble::Passing(one_line(&error.to_string()), None))
+        request.call().map_err(|error| match untrusted(&error) {
+            Some(reason) => Trouble::Final(FetchError::Certificate {
+                url: one_line(&at.to_string()),
+                reason: one_line(&reason.to_string()),
+            }),
+            None => Trouble::Passing(one_line(&error.to_string()), None),
+        })
     }
 
     fn judge(&self, url: &str, response: Response<Body>) -> Result<Response<Body>, Trouble> {
@@ -258,6 +261,16 @@ impl Client {
         std::thread::sleep(wait);
         Ok(())
     }
+}
+
+/// A certificate's fault, which another try would meet again.
+fn untrusted(error: &ureq::Error) -> Option<&rustls::Error> {
+    let tls = match error {
+        ureq::Error::Rustls(tls) => tls,
+        ureq::Error::Io(io) => io.get_ref()?.downcast_ref()?,
+        _ => return None,
+    };
+    matches!(tls, rustls::Error::InvalidCertificate(_)).then_some(tls)
 }
 
 fn final_answer(url: &str, expected: impl Into<String>, found: impl Into<String>) -> Trouble {

@@ -9,15 +9,16 @@ mod download;
 mod listing;
 mod marker;
 mod progress;
+mod trust;
 
 use std::{
     fs::{self, File},
     io,
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
-use clap::{Args, ValueEnum};
+use swallow_proto::launch::{FetchArgs, ProgressFormat};
 
 use self::{
     client::Client,
@@ -29,39 +30,6 @@ pub use self::{
     client::Patience,
     progress::{Event, JsonLines, Report, TextLines},
 };
-
-/// What to fetch, from where, to where.
-#[derive(Args, Clone, Debug, PartialEq)]
-pub struct FetchArgs {
-    /// Repository of the model at the endpoint
-    #[arg(long, value_name = "ORG/NAME")]
-    pub repo: String,
-    /// Commit to fetch: 40 hexadecimal digits, so that every replica gets the same files
-    #[arg(long, value_name = "COMMIT")]
-    pub revision: String,
-    /// Where the repository lives; a mirror's address may have a path
-    #[arg(long, value_name = "URL", default_value = "https://huggingface.co")]
-    pub endpoint: String,
-    /// Folder that gets the files; created if it is not there
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
-    /// File that holds an access token, for gated and private repositories
-    #[arg(long, value_name = "FILE")]
-    pub token_file: Option<PathBuf>,
-    /// Progress as text on stderr, or as JSON lines on stdout
-    #[arg(long, value_enum, default_value = "text")]
-    pub progress: ProgressFormat,
-}
-
-/// How progress is told.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum ProgressFormat {
-    /// For people, on stderr.
-    #[default]
-    Text,
-    /// For programs: one JSON object a line, on stdout.
-    Json,
-}
 
 /// Why the files are not there.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +61,17 @@ pub enum FetchError {
         url: String,
         /// The endpoint's own words, beginning with a comma, or empty.
         said: String,
+    },
+    /// The endpoint's certificate is not one to trust.
+    #[error(
+        "{url}: {reason}; if it is a mirror with a private certificate authority, give the authority's PEM file with \
+         --ca-file"
+    )]
+    Certificate {
+        /// What was asked for.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
     },
     /// There is no such repository, commit or file (HTTP 404).
     #[error(
@@ -216,7 +195,7 @@ pub fn fetch(args: &FetchArgs, patience: &Patience, report: &mut dyn Report) -> 
         });
         return Ok(());
     }
-    let client = Client::new(&args.endpoint, args.token_file.as_deref(), patience.clone())?;
+    let client = Client::new(args, patience.clone())?;
     fs::create_dir_all(&args.out).map_err(|source| FetchError::local(&args.out, source))?;
     let _turn = take_turn(&args.out, report)?;
     let before = Marker::read(&args.out);

@@ -30,10 +30,12 @@ pub struct SamplingParams {
     pub logprobs: Option<u32>,
     /// `Some(n)`: score each prompt token but the first and list the `n` likeliest.
     pub prompt_logprobs: Option<u32>,
-    /// Stop tokens are banned before this many tokens were generated.
+    /// Stop tokens are banned before this many tokens were generated, resumed ones among them.
     pub min_tokens: u32,
     /// Tokens that end the sequence.
     pub stop_ids: Arc<[u32]>,
+    /// The last so many tokens of the prompt count as generated: another replica did.
+    pub resumed: u32,
 }
 
 impl SamplingParams {
@@ -54,6 +56,7 @@ impl SamplingParams {
             prompt_logprobs: None,
             min_tokens: 0,
             stop_ids: Arc::from([]),
+            resumed: 0,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
     path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard},
@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use swallow_worker::fetch::{FetchArgs, ProgressFormat};
+use swallow_proto::launch::{FetchArgs, ProgressFormat};
 
 pub const REVISION: &str = "0123456789abcdef0123456789abcdef01234567";
 pub const REPO: &str = "org/some-model.v1";
@@ -57,12 +57,28 @@ pub struct Hub {
     pub port: u16,
     /// Put before every path, as a mirror may do.
     pub prefix: String,
+    /// "http" or "https".
+    pub scheme: &'static str,
     pub shared: Arc<(Mutex<State>, Condvar)>,
     pub thread: Option<JoinHandle<()>>,
 }
 
 impl Hub {
     pub fn start(prefix: &str, files: HashMap<String, Vec<u8>>) -> Hub {
+        Hub::start_with(prefix, files, None)
+    }
+
+    /// The same over TLS.
+    pub fn secure(tls: Arc<rustls::ServerConfig>) -> Hub {
+        Hub::start_with("", sharded_model(), Some(tls))
+    }
+
+    fn start_with(
+        prefix: &str,
+        files: HashMap<String, Vec<u8>>,
+        tls: Option<Arc<rustls::ServerConfig>>,
+    ) -> Hub {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = listener.local_addr().expect("a bound port").port();
         let shared = Arc::new((
@@ -79,9 +95,19 @@ impl Hub {
                 if state.0.lock().expect("no panic").closing {
                     break;
                 }
-                let (state, prefix) = (state.clone(), prefix_there.clone());
+                let (state, prefix, tls) = (state.clone(), prefix_there.clone(), tls.clone());
                 let stream = stream.expect("a connection");
-                connections.push(std::thread::spawn(move || drop(answer(stream, &prefix, &state))));
+                let serve = move || match tls {
+                    None => answer(stream, &prefix, &state),
+                    Some(tls) => {
+                        let session = rustls::ServerConnection::new(tls).expect("a sound configuration");
+                        let mut stream = rustls::StreamOwned::new(session, stream);
+                        answer(&mut stream, &prefix, &state)?;
+                        stream.conn.send_close_notify();
+                        stream.flush()
+                    }
+                };
+                connections.push(std::thread::spawn(move || drop(serve())));
             }
             for connection in connections {
                 connection.join().expect("no panic");
@@ -90,6 +116,7 @@ impl Hub {
         Hub {
             port,
             prefix: prefix.to_owned(),
+            scheme,
             shared,
             thread: Some(thread),
         }
@@ -126,9 +153,10 @@ impl Hub {
         FetchArgs {
             repo: REPO.into(),
             revision: REVISION.into(),
-            endpoint: format!("http://127.0.0.1:{}{}", self.port, self.prefix),
+            endpoint: format!("{}://127.0.0.1:{}{}", self.scheme, self.port, self.prefix),
             out: out.into(),
             token_file: None,
+            ca_file: None,
             progress: ProgressFormat::Json,
         }
     }
@@ -152,8 +180,12 @@ pub fn listing_path() -> String {
 }
 
 /// Reads one request and answers it; an error is a client that went away.
-pub fn answer(stream: TcpStream, prefix: &str, shared: &(Mutex<State>, Condvar)) -> std::io::Result<()> {
-    let mut reader = BufReader::new(stream.try_clone()?);
+pub fn answer(
+    stream: impl Read + Write,
+    prefix: &str,
+    shared: &(Mutex<State>, Condvar),
+) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream);
     let mut line = String::new();
     reader.read_line(&mut line)?;
     let path = line.split(' ').nth(1).unwrap_or_default().to_owned();
@@ -185,11 +217,11 @@ pub fn answer(stream: TcpStream, prefix: &str, shared: &(Mutex<State>, Condvar))
             .cloned()
     };
     drop(state);
-    respond(stream, body, range, fault, shared)
+    respond(reader.into_inner(), body, range, fault, shared)
 }
 
 pub fn respond(
-    mut stream: TcpStream,
+    mut stream: impl Write,
     body: Option<Vec<u8>>,
     range: Option<String>,
     fault: Option<Fault>,

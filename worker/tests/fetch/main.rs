@@ -1,6 +1,7 @@
 //! Fetching from a small endpoint in this process, which fails in every way that real ones do.
 
 mod hub;
+mod secure;
 
 use std::{
     fs,
@@ -10,7 +11,8 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use swallow_worker::fetch::{Event, FetchArgs, FetchError, Patience, Report, fetch};
+use swallow_proto::launch::FetchArgs;
+use swallow_worker::fetch::{Event, FetchError, Patience, Report, fetch};
 use tempfile::TempDir;
 
 use hub::{

@@ -37,7 +37,7 @@ async fn a_drain_finishes_what_runs_and_takes_nothing_new() {
     );
     router.submit(vec![request(2, &[4, 5], 3)]).await;
     let refused = router.finished(2).await;
-    assert_eq!(refused.reason(), Reason::Rejected);
+    assert_eq!(refused.reason(), Reason::Busy);
     assert_eq!(
         refused.message(),
         "the replica is draining; send the request to another one"

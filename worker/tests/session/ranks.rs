@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use swallow_rpc::worker::v1::{Request, finished::Reason};
 use swallow_worker::{
     checkpoint::Checkpoint,
-    group::{Fault, FaultKind, Group, GroupSpec},
+    group::{Fault, FaultKind, Group, GroupSpec, Machine},
     serve::Loaded,
     state::{Memory, State},
 };
@@ -23,6 +23,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
     let sizes = limits(&setup);
     let to_usize = |n: u32| usize::try_from(n).expect("small");
     let spec = GroupSpec {
+        machine: Machine::Cpu,
         tensor_parallel: 2,
         threads: 2,
         block_tokens: to_usize(sizes.block_tokens),

@@ -65,7 +65,7 @@ async fn without_credit_nothing_is_taken_and_credits_come_back() {
     let mut rejected = 0;
     for n in 0..=10 {
         let seen = router.finished(n).await;
-        if seen.reason() == Reason::Rejected {
+        if seen.reason() == Reason::Busy {
             assert_eq!(seen.message(), "no credit; send a request only against a credit");
             rejected += 1;
         } else {

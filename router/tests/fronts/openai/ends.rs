@@ -1,5 +1,7 @@
 //! Clients that leave, and routers that end.
 
+use std::sync::atomic::Ordering;
+
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 
 use super::*;
@@ -40,6 +42,23 @@ async fn a_client_that_leaves_cancels_what_runs_for_it() {
         .expect("the beginning of the answer");
     drop(connection);
     router.seen.all_dropped(5).await;
+}
+
+#[tokio::test]
+async fn readiness_begins_with_discovery_and_ends_before_the_drain() {
+    let router = start(|ask| says(ask, "ok")).await;
+    let readyz = || get(router.http, "/readyz");
+    router.seen.settled.store(false, Ordering::Release);
+    let looking = readyz().await;
+    assert_eq!((looking.status, &looking.json()["ready"]), (503, &json!(false)));
+    assert_eq!(looking.json()["ready_replicas"]["tiny"], 1);
+    router.seen.settled.store(true, Ordering::Release);
+    assert_eq!(readyz().await.status, 200);
+    // Told to end: no longer ready, but whoever still comes is served.
+    router.door.leave();
+    assert_eq!(readyz().await.status, 503);
+    let served = post(router.http, TEXT, &json!({"model": "tiny", "prompt": "p"})).await;
+    assert_eq!(served.status, 200, "{}", served.body);
 }
 
 #[tokio::test]
