@@ -5,9 +5,10 @@
 //! decode. One JSON object a line, so that runs can be compared by a program.
 
 mod ceiling;
+mod shapes;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -17,38 +18,70 @@ use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, LlamaConfig},
-    device::cpu::Isa,
-    group::{Group, GroupError, GroupSpec, LoadProgress},
+    device::{DeviceError, cpu::Isa, cuda},
+    group::{Group, GroupError, GroupSpec, LoadProgress, Machine},
+    model::Weights,
     sampling::SamplingParams,
 };
 
+/// Tokens in one block.
 const BLOCK_TOKENS: usize = 16;
 /// A step that takes longer is hopeless, not slow.
 const STEP_TIMEOUT: Duration = Duration::from_secs(600);
 /// Measured steps, whatever time they take.
 const STEPS_AT_LEAST: usize = 3;
 
+/// Where the ranks compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum BenchDevice {
+    /// This machine's processors.
+    Cpu,
+    /// NVIDIA GPUs, one a rank.
+    Cuda,
+}
+
+/// Where the weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LoadFormat {
+    /// The safetensors files of the model's folder.
+    Safetensors,
+    /// A formula, for the shape alone.
+    Dummy,
+}
+
 /// Measures prefill and decode speed beside the ceilings of memory and arithmetic.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BenchArgs {
     /// Folder with config.json and safetensors files.
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "shape")]
+    pub model: Option<PathBuf>,
+    /// Instead of a folder: llama-3-8b, llama-3.3-70b, or a config.json; needs --load-format=dummy.
+    #[arg(long, value_name = "NAME", conflicts_with = "model")]
+    pub shape: Option<String>,
+    /// Where the weights come from.
+    #[arg(long, value_enum, default_value = "safetensors")]
+    pub load_format: LoadFormat,
+    /// Where the ranks compute.
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub device: BenchDevice,
     /// Ranks of the group.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub tensor_parallel: usize,
     /// Threads of all ranks together. Default: one a core.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
-    /// Prompt tokens of the prefill measurement, in one step.
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub prefill_tokens: usize,
+    /// Prompt tokens of the prefill measurement, in one step; a list measures each.
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_values_t = [512])]
+    pub prefill_tokens: Vec<usize>,
     /// Sequences that decode together; a list measures each.
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_values_t = [1, 8, 32])]
     pub batch: Vec<usize>,
-    /// Tokens before each decoded one.
+    /// Tokens before each decoded one; they are computed, unmeasured, before the first.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub context: usize,
+    /// Most prompt tokens that are computed in one step before decoding; more if a prefill is longer.
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub max_step_tokens: usize,
     /// Seconds of each measurement.
     #[arg(long, value_name = "S", default_value_t = 2.0)]
     pub seconds: f64,
@@ -63,6 +96,9 @@ pub enum BenchError {
     /// The group does not run.
     #[error(transparent)]
     Group(#[from] GroupError),
+    /// The GPU cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A flag makes no sense.
     #[error("{0}")]
     Flag(String),
@@ -74,15 +110,22 @@ pub enum BenchError {
 enum Line<'a> {
     Group {
         model: &'a str,
+        load_format: &'a str,
         tensor_parallel: usize,
-        threads: usize,
-        instruction_set: &'a str,
+        /// A GPU's name, or threads and their instruction set.
+        machine: &'a str,
+        /// What a copy and a matrix product reach here, measured just before; on processors beside each line instead.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        copy_gb_per_s: Option<f64>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        gemm_tflop_per_s: Option<f64>,
         load_seconds: f64,
         weights_bytes: u64,
         workspace_bytes: u64,
     },
     Prefill {
         tokens: usize,
+        step_ms: f64,
         tokens_per_s: f64,
         gflop_per_token: f64,
         /// Fused multiply-adds from registers, two operations each.
@@ -113,30 +156,42 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
     check(&args)?;
     let threads = args
         .threads
-        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    let checkpoint = Arc::new(Checkpoint::open(&args.model, args.tensor_parallel)?);
-    let config = checkpoint.config().clone();
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+        .max(args.tensor_parallel);
+    let (name, weights) = weights(&args)?;
+    let config = weights.config().clone();
+    let ceilings = Ceilings::new(args.device, threads)?;
     let most = args.batch.iter().copied().max().unwrap_or(1);
+    let longest = args.prefill_tokens.iter().copied().max().unwrap_or(1);
     let blocks_a_sequence = (args.context + 1).div_ceil(BLOCK_TOKENS);
     let spec = GroupSpec {
+        machine: match args.device {
+            BenchDevice::Cpu => Machine::Cpu,
+            BenchDevice::Cuda => Machine::Cuda,
+        },
         tensor_parallel: args.tensor_parallel,
         threads,
         block_tokens: BLOCK_TOKENS,
-        n_blocks: (most * blocks_a_sequence).max(args.prefill_tokens.div_ceil(BLOCK_TOKENS)),
+        n_blocks: (most * blocks_a_sequence).max(longest.div_ceil(BLOCK_TOKENS)),
         max_running: most,
-        max_step_tokens: most.max(args.prefill_tokens),
-        max_model_len: (args.context + 1).max(args.prefill_tokens),
+        max_step_tokens: most.max(longest).max(args.max_step_tokens),
+        max_model_len: (args.context + 1).max(longest),
         step_timeout: STEP_TIMEOUT,
         fault: None,
     };
     let started = Instant::now();
-    let mut group = Group::start(checkpoint, spec, Arc::new(LoadProgress::default()))?;
+    let mut group = Group::start(weights, spec, Arc::new(LoadProgress::default()))?;
     let memory = group.memory().total;
     print(&Line::Group {
-        model: &args.model.display().to_string(),
+        model: &name,
+        load_format: match args.load_format {
+            LoadFormat::Safetensors => "safetensors",
+            LoadFormat::Dummy => "dummy",
+        },
         tensor_parallel: args.tensor_parallel,
-        threads: threads.max(args.tensor_parallel),
-        instruction_set: Isa::detect().name(),
+        machine: &ceilings.machine(),
+        copy_gb_per_s: ceilings.gpu().map(|peaks| peaks.bytes_per_s / 1e9),
+        gemm_tflop_per_s: ceilings.gpu().map(|peaks| peaks.flops_per_s / 1e12),
         load_seconds: started.elapsed().as_secs_f64(),
         weights_bytes: memory.weights_bytes,
         workspace_bytes: memory.workspace_bytes,
@@ -144,11 +199,19 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
     let mut bench = Bench {
         group: &mut group,
         config,
-        threads,
+        ranks: args.tensor_parallel as f64,
+        ceilings,
+        number_bytes: match args.device {
+            BenchDevice::Cpu => 4.0,
+            BenchDevice::Cuda => 2.0,
+        },
+        max_step_tokens: args.max_step_tokens,
         seconds: Duration::from_secs_f64(args.seconds),
         step: 0,
     };
-    bench.prefill(args.prefill_tokens)?;
+    for &tokens in &args.prefill_tokens {
+        bench.prefill(tokens)?;
+    }
     for &batch in &args.batch {
         bench.decode(batch, args.context)?;
     }
@@ -157,8 +220,14 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
 
 fn check(args: &BenchArgs) -> Result<(), BenchError> {
     let flag = |text: &str| Err(BenchError::Flag(text.to_owned()));
-    if args.prefill_tokens == 0 || args.batch.is_empty() || args.batch.contains(&0) {
-        return flag("--prefill-tokens and --batch must be at least 1");
+    if args.load_format == LoadFormat::Safetensors && args.shape.is_some() {
+        return flag("--shape names no files; give --load-format=dummy with it, or --model");
+    }
+    if args.max_step_tokens == 0 || args.prefill_tokens.is_empty() || args.prefill_tokens.contains(&0) {
+        return flag("--prefill-tokens and --max-step-tokens must be at least 1");
+    }
+    if args.batch.is_empty() || args.batch.contains(&0) {
+        return flag("--batch must be at least 1");
     }
     if args.threads == Some(0) || args.tensor_parallel == 0 {
         return flag("--threads and --tensor-parallel must be at least 1");
@@ -167,6 +236,90 @@ fn check(args: &BenchArgs) -> Result<(), BenchError> {
         return flag("--seconds must be above 0 and at most 3600");
     }
     Ok(())
+}
+
+/// The model's name and where its numbers come from.
+fn weights(args: &BenchArgs) -> Result<(String, Weights), BenchError> {
+    if let Some(folder) = &args.model {
+        let name = folder.display().to_string();
+        return Ok(match args.load_format {
+            LoadFormat::Safetensors => {
+                let checkpoint = Checkpoint::open(folder, args.tensor_parallel)?;
+                (name, Weights::Checkpoint(Arc::new(checkpoint)))
+            }
+            LoadFormat::Dummy => (name, LlamaConfig::read(folder)?.into()),
+        });
+    }
+    let name = args.shape.clone().unwrap_or_default();
+    let config = match shapes::config(&name) {
+        Some(text) => LlamaConfig::parse(Path::new("config.json"), text.as_bytes())?,
+        None => {
+            let path = Path::new(&name);
+            let text = std::fs::read(path).map_err(|error| {
+                BenchError::Flag(format!(
+                    "--shape={name}: neither {} nor a file that can be read: {error}",
+                    shapes::NAMES.join(" nor ")
+                ))
+            })?;
+            LlamaConfig::parse(path, &text)?
+        }
+    };
+    Ok((name, config.into()))
+}
+
+/// What limits a step here.
+enum Ceilings {
+    /// Measured before each line, because other programs use the same processors.
+    Cpu { threads: usize },
+    /// Measured once, before the group takes the GPU's memory.
+    Gpu(cuda::Peaks),
+}
+
+impl Ceilings {
+    fn new(device: BenchDevice, threads: usize) -> Result<Self, BenchError> {
+        Ok(match device {
+            BenchDevice::Cpu => Self::Cpu { threads },
+            BenchDevice::Cuda => Self::Gpu(cuda::measure_peaks()?),
+        })
+    }
+
+    fn machine(&self) -> String {
+        match self {
+            Self::Cpu { threads } => format!("{threads} threads, {}", Isa::detect().name()),
+            Self::Gpu(peaks) => peaks.name.clone(),
+        }
+    }
+
+    fn gpu(&self) -> Option<&cuda::Peaks> {
+        match self {
+            Self::Cpu { .. } => None,
+            Self::Gpu(peaks) => Some(peaks),
+        }
+    }
+
+    /// Floating-point operations a second of one rank's machine; all ranks share processors.
+    fn flops(&self) -> f64 {
+        match self {
+            Self::Cpu { threads } => ceiling::flops(*threads),
+            Self::Gpu(peaks) => peaks.flops_per_s,
+        }
+    }
+
+    /// Bytes a second.
+    fn bandwidth(&self) -> f64 {
+        match self {
+            Self::Cpu { threads } => ceiling::read_bandwidth(*threads),
+            Self::Gpu(peaks) => peaks.bytes_per_s,
+        }
+    }
+
+    /// Machines whose rates add up.
+    fn machines(&self, ranks: f64) -> f64 {
+        match self {
+            Self::Cpu { .. } => 1.0,
+            Self::Gpu(_) => ranks,
+        }
+    }
 }
 
 fn print(line: &Line<'_>) {
@@ -179,14 +332,18 @@ fn print(line: &Line<'_>) {
 struct Bench<'a> {
     group: &'a mut Group,
     config: LlamaConfig,
-    threads: usize,
+    ranks: f64,
+    ceilings: Ceilings,
+    /// Bytes of a weight, and of a number of keys and values.
+    number_bytes: f64,
+    max_step_tokens: usize,
     seconds: Duration,
     step: u64,
 }
 
 impl Bench<'_> {
     fn prefill(&mut self, tokens: usize) -> Result<(), BenchError> {
-        let ceiling = ceiling::flops(self.threads);
+        let ceiling = self.ceilings.flops() * self.ceilings.machines(self.ranks);
         let vocab = self.config.vocab_size as u32;
         let works = vec![Work {
             seq: SeqId(0),
@@ -203,6 +360,7 @@ impl Bench<'_> {
         let (speed, limit) = (tokens as f64 / seconds, ceiling / flop);
         print(&Line::Prefill {
             tokens,
+            step_ms: seconds * 1e3,
             tokens_per_s: speed,
             gflop_per_token: flop / 1e9,
             ceiling_gflop_per_s: ceiling / 1e9,
@@ -213,9 +371,10 @@ impl Bench<'_> {
     }
 
     fn decode(&mut self, batch: usize, context: usize) -> Result<(), BenchError> {
+        let machines = self.ceilings.machines(self.ranks);
         let (bandwidth, flops) = (
-            ceiling::read_bandwidth(self.threads),
-            ceiling::flops(self.threads),
+            self.ceilings.bandwidth() * machines,
+            self.ceilings.flops() * machines,
         );
         let a_sequence = (context + 1).div_ceil(BLOCK_TOKENS);
         let work = |i: usize| Work {
@@ -227,7 +386,9 @@ impl Bench<'_> {
             sample: Some(0),
             prompt_logprobs: false,
         };
-        let seconds = self.measure((0..batch).map(work).collect())?;
+        let works = (0..batch).map(work).collect();
+        self.compute_context(batch, context)?;
+        let seconds = self.measure(works)?;
         let bytes = self.weight_bytes() + batch as f64 * self.kv_bytes(context + 1);
         let flop = batch as f64
             * (self.linear_flop() + self.attention_flop((context + 1) as f64) + self.head_flop());
@@ -242,6 +403,35 @@ impl Bench<'_> {
             ceiling_tokens_per_s: limit,
             fraction: batch as f64 / seconds / limit,
         });
+        Ok(())
+    }
+
+    /// Keys and values of every sequence's context, from pseudo-random tokens that differ between sequences.
+    fn compute_context(&mut self, batch: usize, context: usize) -> Result<(), BenchError> {
+        let a_sequence = (context + 1).div_ceil(BLOCK_TOKENS);
+        let vocab = self.config.vocab_size as u64;
+        for sequence in 0..batch {
+            for start in (0..context).step_by(self.max_step_tokens) {
+                let end = (start + self.max_step_tokens).min(context);
+                let token = |i: usize| {
+                    let place = (sequence * context + i) as u64;
+                    ((place.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) % vocab) as u32
+                };
+                self.step += 1;
+                self.group.run(&Step {
+                    id: StepId(self.step),
+                    works: vec![Work {
+                        seq: SeqId(sequence as u64),
+                        slot: Slot(sequence as u32),
+                        start: start as u32,
+                        input: Input::Tokens((start..end).map(token).collect()),
+                        blocks: blocks(sequence * a_sequence, end),
+                        sample: None,
+                        prompt_logprobs: false,
+                    }],
+                })?;
+            }
+        }
         Ok(())
     }
 
@@ -285,13 +475,14 @@ impl Bench<'_> {
         4.0 * context * (self.config.n_layers * self.config.n_heads * self.config.head_dim) as f64
     }
 
-    /// Read by every step: layers and head, in fp32.
+    /// Read by every step: layers and head.
     fn weight_bytes(&self) -> f64 {
-        4.0 * (self.linear_weights() + self.head_flop() / 2.0)
+        self.number_bytes * (self.linear_weights() + self.head_flop() / 2.0)
     }
 
     fn kv_bytes(&self, context: usize) -> f64 {
-        (8 * context * self.config.n_layers * self.config.n_kv_heads * self.config.head_dim) as f64
+        self.number_bytes
+            * (2 * context * self.config.n_layers * self.config.n_kv_heads * self.config.head_dim) as f64
     }
 }
 

@@ -7,9 +7,11 @@
 use std::{fmt::Display, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Parser, Subcommand};
-use swallow_proto::launch::{DeviceKind, Dtype, GenerationDefaults, LogFormat, PrefixCache, WorkerArgs};
+use swallow_proto::launch::{
+    DeviceKind, Dtype, FetchArgs, GenerationDefaults, LogFormat, PrefixCache, WorkerArgs,
+};
 
-use crate::{bench::BenchArgs, fetch::FetchArgs};
+use crate::{bench::BenchArgs, device::cuda::KernelsArgs};
 
 /// Most ranks of a group; no model here has more attention heads than that.
 const TENSOR_PARALLEL_MAX: u32 = 64;
@@ -21,8 +23,6 @@ const STEP_TOKENS_MAX: u32 = 1 << 20;
 const BLOCK_TOKENS_MAX: u32 = 1024;
 /// Most compute threads.
 const THREADS_MAX: u32 = 4096;
-/// Bytes of one element of the cache; the CPU device keeps fp32.
-const CACHE_ELEMENT_BYTES: u64 = 4;
 
 /// One replica of a Swallow model: token ids in, token ids out.
 #[derive(Debug, Parser)]
@@ -42,6 +42,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Download a model's files
     Fetch(FetchArgs),
+    /// Compile the GPU kernels ahead, on any machine that has NVRTC
+    Kernels(KernelsArgs),
 }
 
 /// A flag that cannot be carried out.
@@ -77,6 +79,8 @@ pub struct Config {
     pub grpc_listen: SocketAddr,
     /// HTTP address.
     pub http_listen: SocketAddr,
+    /// What the ranks compute on.
+    pub device: DeviceKind,
     /// Ranks of the group.
     pub tensor_parallel: u32,
     /// Compute threads of all ranks together, at least one a rank.
@@ -93,6 +97,8 @@ pub struct Config {
     pub block_tokens: u32,
     /// Bytes of keys and values of all ranks together.
     pub kv_bytes: u64,
+    /// On GPUs, instead of `kv_bytes`: the share of each GPU's memory that may be used.
+    pub device_memory_percent: Option<u32>,
     /// Keep finished prefixes.
     pub prefix_cache: bool,
     /// Fill absent sampling values from the model's generation_config.json.
@@ -134,6 +140,7 @@ impl Config {
             replica_id: args.replica_id,
             grpc_listen: args.grpc_listen,
             http_listen: args.http_listen,
+            device: args.device,
             tensor_parallel: args.tensor_parallel,
             threads,
             max_model_len: args.max_model_len,
@@ -142,6 +149,7 @@ impl Config {
             max_step_tokens: args.max_step_tokens,
             block_tokens: args.block_tokens,
             kv_bytes: args.kv_bytes,
+            device_memory_percent: args.device_memory_percent,
             prefix_cache: args.prefix_cache == PrefixCache::On,
             generation_defaults: args.generation_defaults == GenerationDefaults::Auto,
             step_timeout: Duration::from_secs(args.step_timeout_seconds.into()),
@@ -215,6 +223,8 @@ pub struct CacheShape {
     pub n_kv_heads: u32,
     /// Numbers in a head.
     pub head_dim: u32,
+    /// Bytes of one number: the CPU device keeps fp32, GPUs bf16.
+    pub number_bytes: u32,
     /// Longest sequence the model was made for.
     pub max_position_embeddings: u32,
 }
@@ -223,7 +233,7 @@ impl CacheShape {
     /// Keys and values of one token on all ranks; a head is held by several ranks where there are more ranks than heads.
     fn token_bytes(&self, tensor_parallel: u32) -> u64 {
         let heads = u64::from(self.n_kv_heads.div_ceil(tensor_parallel).max(1)) * u64::from(tensor_parallel);
-        2 * u64::from(self.n_layers) * heads * u64::from(self.head_dim) * CACHE_ELEMENT_BYTES
+        2 * u64::from(self.n_layers) * heads * u64::from(self.head_dim) * u64::from(self.number_bytes)
     }
 }
 
@@ -265,19 +275,36 @@ fn check_addresses(args: &WorkerArgs) -> Result<(), ConfigError> {
 }
 
 fn check_device(args: &WorkerArgs) -> Result<(), ConfigError> {
-    if args.device != DeviceKind::Cpu {
-        return refuse(
-            "device",
-            "cuda",
-            "this build computes on the CPU device alone; use --device=cpu",
-        );
-    }
-    if args.dtype == Dtype::Bf16 {
-        return refuse(
+    match (args.device, args.dtype) {
+        (DeviceKind::Cpu, Dtype::Bf16) => refuse(
             "dtype",
             "bf16",
             "the CPU device computes in fp32 alone; use --dtype=fp32 or --dtype=auto",
-        );
+        ),
+        (DeviceKind::Cuda, Dtype::Fp32) => refuse(
+            "dtype",
+            "fp32",
+            "GPUs compute in bf16 alone; use --dtype=bf16 or --dtype=auto",
+        ),
+        (DeviceKind::Auto, Dtype::Bf16 | Dtype::Fp32) => refuse(
+            "device",
+            "auto",
+            "a number format asks for a device: give --device=cpu or --device=cuda, or --dtype=auto",
+        ),
+        _ => check_memory(args),
+    }
+}
+
+fn check_memory(args: &WorkerArgs) -> Result<(), ConfigError> {
+    let Some(percent) = args.device_memory_percent else {
+        return Ok(());
+    };
+    if args.device == DeviceKind::Cpu {
+        let why = "a share of a GPU's memory; with --device=cpu give --kv-bytes";
+        return refuse("device-memory-percent", percent, why);
+    }
+    if !(1..=100).contains(&percent) {
+        return refuse("device-memory-percent", percent, "must be from 1 to 100");
     }
     Ok(())
 }
@@ -339,6 +366,7 @@ mod tests {
         n_layers: 6,
         n_kv_heads: 4,
         head_dim: 32,
+        number_bytes: 4,
         max_position_embeddings: 8192,
     };
 
@@ -352,8 +380,16 @@ mod tests {
     fn a_refusal_names_the_flag_and_what_to_change() {
         let cases = [
             (
-                &["--device=cuda"][..],
-                "--device=cuda: this build computes on the CPU device alone; use --device=cpu",
+                &["--device=cuda", "--dtype=fp32"][..],
+                "--dtype=fp32: GPUs compute in bf16 alone; use --dtype=bf16 or --dtype=auto",
+            ),
+            (
+                &["--device-memory-percent=90"],
+                "--device-memory-percent=90: a share of a GPU's memory; with --device=cpu give --kv-bytes",
+            ),
+            (
+                &["--device=auto", "--device-memory-percent=0"],
+                "--device-memory-percent=0: must be from 1 to 100",
             ),
             (
                 &["--dtype=bf16"],

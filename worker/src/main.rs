@@ -6,10 +6,13 @@ use clap::Parser;
 use swallow_worker::{
     bench,
     config::{Cli, Command},
+    device::cuda,
     fetch, serve,
 };
 
 fn main() -> ExitCode {
+    // SAFETY: the process has one thread so far.
+    unsafe { cuda::prepare_environment() };
     match Cli::parse().command {
         // Logged already, and left as the termination message.
         Command::Serve(args) => {
@@ -17,6 +20,7 @@ fn main() -> ExitCode {
         }
         Command::Bench(args) => report(bench::run(args)),
         Command::Fetch(args) => report(fetch::run(args)),
+        Command::Kernels(args) => report(cuda::make_kernels(&args)),
     }
 }
 

@@ -301,8 +301,8 @@ fn flags_that_cannot_be_carried_out_are_named() {
             "--kv-bytes=1000: too small: one block of 16 tokens needs 65536 bytes",
         ),
         (
-            &["--device=cuda"],
-            "--device=cuda: this build computes on the CPU device alone; use --device=cpu",
+            &["--device=cuda", "--dtype=fp32"],
+            "--dtype=fp32: GPUs compute in bf16 alone; use --dtype=bf16 or --dtype=auto",
         ),
         (&["--max-running=0"], "--max-running=0: must be at least 1"),
         (

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use half::{f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
 /// The number formats that weights may be stored in.
@@ -173,6 +173,51 @@ impl<'a> TensorView<'a> {
         let tasks = out.par_chunks_mut(rows_per_task * width).enumerate();
         tasks.for_each(|(n, out)| convert_rows(n * rows_per_task, out));
     }
+
+    /// Writes `cols` of `rows` in fp32 into `out`, which must have room for exactly that many numbers.
+    pub fn read_block_f32_into(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        self.read_block(rows, cols, out, convert);
+    }
+
+    /// Writes `cols` of `rows` into `out` as bits of bf16, rounded to nearest where they are stored wider.
+    pub fn read_block_bf16_into(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [u16]) {
+        self.read_block(rows, cols, out, convert_bf16);
+    }
+
+    fn read_block<T: Send>(
+        &self,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        out: &mut [T],
+        convert: impl Fn(Dtype, &[u8], &mut [T]) + Sync,
+    ) {
+        let (width, size) = (cols.len(), self.dtype.size());
+        assert_eq!(
+            out.len(),
+            rows.len() * width,
+            "{}: room for rows {rows:?} and columns {cols:?}",
+            self.name
+        );
+        assert!(cols.end <= self.row_len(), "{}: columns {cols:?}", self.name);
+        if out.is_empty() {
+            return;
+        }
+        let row_bytes = self.row_len() * size;
+        let bytes = self.row_bytes(rows);
+        let some_rows = |first: usize, out: &mut [T]| {
+            if width == self.row_len() {
+                let bytes = &bytes[first * row_bytes..][..out.len() * size];
+                return convert(self.dtype, bytes, out);
+            }
+            let rows = bytes[first * row_bytes..].chunks_exact(row_bytes);
+            for (out, row) in out.chunks_exact_mut(width).zip(rows) {
+                convert(self.dtype, &row[cols.start * size..cols.end * size], out);
+            }
+        };
+        let rows_per_task = (TASK / width).max(1);
+        let tasks = out.par_chunks_mut(rows_per_task * width).enumerate();
+        tasks.for_each(|(n, out)| some_rows(n * rows_per_task, out));
+    }
 }
 
 impl std::fmt::Debug for TensorView<'_> {
@@ -203,6 +248,25 @@ fn convert(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
                 }
                 part[..out.len()].convert_to_f32_slice(out);
             }
+        }
+    }
+}
+
+/// As `convert`, to bits of bf16.
+fn convert_bf16(dtype: Dtype, bytes: &[u8], out: &mut [u16]) {
+    if dtype == Dtype::BF16 {
+        for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+            *out = u16::from_le_bytes(*bytes);
+        }
+        return;
+    }
+    const PART: usize = 512;
+    let mut part = [0.0; PART];
+    for (out, bytes) in out.chunks_mut(PART).zip(bytes.chunks(PART * dtype.size())) {
+        let part = &mut part[..out.len()];
+        convert(dtype, bytes, part);
+        for (out, x) in out.iter_mut().zip(part) {
+            *out = bf16::from_f32(*x).to_bits();
         }
     }
 }

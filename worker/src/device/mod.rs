@@ -1,18 +1,21 @@
 //! What a forward pass needs of a machine: seven operations, each over all rows of a step.
 //!
-//! The grain is that of fused GPU kernels, so that one trait serves a CPU today and a GPU with captured graphs later:
-//! buffers are opaque and allocated once, a step's metadata is uploaded once, nothing returns to the host but sampled
+//! The grain is that of fused GPU kernels, so that one trait serves CPUs and GPUs: buffers are opaque and allocated once, a step's metadata is uploaded once, nothing returns to the host but sampled
 //! tokens and asked-for scores. An implementation belongs to one rank of a tensor-parallel group and exchanges data
 //! with the other ranks inside the operations that say so; ranks call them in the same order.
 //!
 //! Two promises bind every implementation. A row's result does not depend on which other rows share the step, nor on
-//! where a prompt is cut into chunks. And after each exchange all ranks hold the same bits.
+//! where a prompt is cut into chunks: to the last bit on CPUs, within the rounding of bf16 on GPUs, whose libraries
+//! multiply few rows in another order than many. And after each exchange all ranks hold the same bits.
 
 pub mod cpu;
+pub mod cuda;
+mod part;
 mod step;
 
 use std::{ops::Range, sync::Arc};
 
+pub use part::{Part, RandomTensor, Source};
 pub use step::{BadStep, HeadAsk, HeadOut, HeadUse, RowToken, StepMeta, StepShape, WorkMeta};
 
 /// Heads of one rank.
@@ -106,6 +109,12 @@ pub enum DeviceError {
         /// Of the row in its sequence.
         position: u32,
     },
+    /// A GPU, or a library that drives it, failed. The message names the call or the kernel.
+    #[error("{0}")]
+    Cuda(String),
+    /// A library that drives GPUs cannot be used.
+    #[error(transparent)]
+    Library(#[from] cuda::LibraryError),
     /// Memory ran out while buffers were made.
     #[error("{bytes} bytes for {what} could not be allocated; lower the memory for keys and values")]
     OutOfMemory {
@@ -114,6 +123,17 @@ pub enum DeviceError {
         /// What it was for.
         what: &'static str,
     },
+}
+
+/// Bytes that a device has allocated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allocated {
+    /// Weights.
+    pub weights: u64,
+    /// Keys and values.
+    pub kv: u64,
+    /// Activations, scratch, and this rank's part of the exchange.
+    pub workspace: u64,
 }
 
 /// One rank's machine.
@@ -137,8 +157,16 @@ pub trait Device {
     /// If memory runs out.
     fn matrix(&mut self, outs: usize, ins: usize) -> Result<Self::Matrix, DeviceError>;
 
-    /// Sets outputs `first_out..` to `values`, row-major `[n, ins]`.
-    fn fill(&mut self, matrix: &mut Self::Matrix, first_out: usize, values: &[f32]);
+    /// Sets outputs `first_out..` to the rows of `part`, whose width is the matrix's.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn fill(
+        &mut self,
+        matrix: &mut Self::Matrix,
+        first_out: usize,
+        part: &Part<'_>,
+    ) -> Result<(), DeviceError>;
 
     /// A vector with these values.
     ///
@@ -152,14 +180,36 @@ pub trait Device {
     /// If memory runs out.
     fn rows(&mut self, width: usize) -> Result<Self::Rows, DeviceError>;
 
+    /// The residual stream, which sums many small numbers: a device may keep it in more digits than other rows.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn residual(&mut self, width: usize) -> Result<Self::Rows, DeviceError> {
+        self.rows(width)
+    }
+
     /// The pool of keys and values.
     ///
     /// # Errors
     /// If memory runs out.
     fn kv(&mut self, shape: KvShape) -> Result<Self::Kv, DeviceError>;
 
+    /// Bytes allocated so far.
+    fn allocated(&self) -> Allocated;
+
+    /// Test instrument: makes this rank's residual stream differ from the others' from now on.
+    fn disturb(&mut self);
+
     /// Uploads a step: once, for all layers. `inv_freq` holds the `half` rotary frequencies of a head.
-    fn begin(&mut self, meta: Arc<StepMeta>, inv_freq: &Self::Vector, half: usize) -> Self::Step;
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn begin(
+        &mut self,
+        meta: Arc<StepMeta>,
+        inv_freq: &Self::Vector,
+        half: usize,
+    ) -> Result<Self::Step, DeviceError>;
 
     /// Exchange. `residual` becomes the rows' embeddings, `normed` their norm. `table` holds this rank's tokens.
     ///
@@ -176,9 +226,37 @@ pub trait Device {
     ) -> Result<(), DeviceError>;
 
     /// `out = x · wᵀ`, one matrix product over all rows of the step.
-    fn linear(&mut self, step: &Self::Step, x: &Self::Rows, w: &Self::Matrix, out: &mut Self::Rows);
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn linear(
+        &mut self,
+        step: &Self::Step,
+        x: &Self::Rows,
+        w: &Self::Matrix,
+        out: &mut Self::Rows,
+    ) -> Result<(), DeviceError>;
+
+    /// Makes ready for products of these shapes, with steps of any size, before the first step. All ranks call it alike.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn prepare(&mut self, _x: &Self::Rows, _w: &Self::Matrix, _out: &Self::Rows) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// As [`Device::prepare`], for the head.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn prepare_head(&mut self, _head: &Self::Matrix) -> Result<(), DeviceError> {
+        Ok(())
+    }
 
     /// Rotates queries (in place) and keys, and writes keys and values to the rows' places in the pool.
+    ///
+    /// # Errors
+    /// If the device fails.
     fn rope_write(
         &mut self,
         step: &Self::Step,
@@ -186,9 +264,12 @@ pub trait Device {
         heads: Heads,
         qkv: &mut Self::Rows,
         kv: &mut Self::Kv,
-    );
+    ) -> Result<(), DeviceError>;
 
     /// Causal attention of every row over the blocks of its sequence; `out` is `[rows, n_q * dim]`.
+    ///
+    /// # Errors
+    /// If the device fails.
     fn attention(
         &mut self,
         step: &Self::Step,
@@ -197,10 +278,18 @@ pub trait Device {
         qkv: &Self::Rows,
         kv: &Self::Kv,
         out: &mut Self::Rows,
-    );
+    ) -> Result<(), DeviceError>;
 
     /// `out = silu(gate) * up`; `gate_up` holds both side by side.
-    fn silu_mul(&mut self, step: &Self::Step, gate_up: &Self::Rows, out: &mut Self::Rows);
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn silu_mul(
+        &mut self,
+        step: &Self::Step,
+        gate_up: &Self::Rows,
+        out: &mut Self::Rows,
+    ) -> Result<(), DeviceError>;
 
     /// Exchange. `residual +=` the sum over ranks of `partial`, in rank order; `normed` becomes its norm.
     ///
@@ -224,6 +313,7 @@ pub trait Device {
     fn head_sample(
         &mut self,
         step: &Self::Step,
+        residual: &Self::Rows,
         normed: &Self::Rows,
         head: &Self::Matrix,
         split: &VocabSplit,

@@ -21,9 +21,9 @@ pub use error::{Cause, GroupError};
 use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 
 use crate::{
-    checkpoint::Checkpoint,
-    device::{HeadOut, HeadUse, StepMeta, StepShape, cpu::Exchange},
-    model::{Shard, Slice},
+    checkpoint::LlamaConfig,
+    device::{HeadOut, HeadUse, StepMeta, StepShape, cpu::Exchange, cuda::GroupId},
+    model::{Shard, Slice, Weights},
     sampling::{Sampler, SamplingParams, TokenScore},
 };
 use rank::{Answer, Done, Job, Member};
@@ -31,12 +31,24 @@ use rank::{Answer, Done, Job, Member};
 /// Rows of the warm-up step.
 const WARM_UP_ROWS: usize = 8;
 
+/// What ranks compute on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Machine {
+    /// This machine's processors, in fp32.
+    #[default]
+    Cpu,
+    /// One NVIDIA GPU a rank, in bf16.
+    Cuda,
+}
+
 /// How a group is made.
 #[derive(Clone, Debug)]
 pub struct GroupSpec {
+    /// What the ranks compute on.
+    pub machine: Machine,
     /// Ranks.
     pub tensor_parallel: usize,
-    /// Threads of all ranks together; each rank has at least one.
+    /// Threads of all ranks together on processors; each rank has at least one.
     pub threads: usize,
     /// Tokens in one block.
     pub block_tokens: usize,
@@ -163,16 +175,17 @@ struct Thread {
 impl Group {
     /// Starts the ranks, loads the weights, and runs a warm-up step; returns when every rank has finished it.
     ///
-    /// The checkpoint must have been opened for this degree of tensor parallelism.
+    /// A checkpoint must have been opened for this degree of tensor parallelism.
     ///
     /// # Errors
     /// If a rank cannot allocate its memory, panics, or does not finish the warm-up in time.
     pub fn start(
-        checkpoint: Arc<Checkpoint>,
+        weights: impl Into<Weights>,
         spec: GroupSpec,
         progress: Arc<LoadProgress>,
     ) -> Result<Group, GroupError> {
-        let n_vocab = checkpoint.config().vocab_size;
+        let weights = weights.into();
+        let n_vocab = weights.config().vocab_size;
         let shape = StepShape {
             block_tokens: spec.block_tokens,
             n_blocks: spec.n_blocks,
@@ -181,11 +194,11 @@ impl Group {
             max_model_len: spec.max_model_len,
             n_vocab,
         };
-        check(&spec, &checkpoint)?;
-        progress.bytes_total.store(
-            bytes_to_read(&checkpoint, spec.tensor_parallel),
-            Ordering::Relaxed,
-        );
+        check(&spec, weights.config())?;
+        let id = meeting_point(&spec)?;
+        progress
+            .bytes_total
+            .store(bytes_to_read(&weights, spec.tensor_parallel), Ordering::Relaxed);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = spec.threads.max(spec.tensor_parallel);
         let exchange = Arc::new(Exchange::new(
@@ -217,7 +230,8 @@ impl Group {
                 .part(threads)
                 .len(),
                 spec: spec.clone(),
-                checkpoint: checkpoint.clone(),
+                weights: weights.clone(),
+                id,
                 exchange: group.exchange.clone(),
                 progress: progress.clone(),
                 answers: answer.clone(),
@@ -391,8 +405,19 @@ impl Drop for Group {
     }
 }
 
-fn check(spec: &GroupSpec, checkpoint: &Checkpoint) -> Result<(), GroupError> {
-    if let Some(obstacle) = checkpoint.config().tensor_parallel_obstacle(spec.tensor_parallel) {
+/// What GPUs need to find each other.
+fn meeting_point(spec: &GroupSpec) -> Result<Option<GroupId>, GroupError> {
+    if spec.machine == Machine::Cpu || spec.tensor_parallel == 1 {
+        return Ok(None);
+    }
+    GroupId::new().map(Some).map_err(|error| GroupError::Load {
+        rank: 0,
+        cause: error.into(),
+    })
+}
+
+fn check(spec: &GroupSpec, config: &LlamaConfig) -> Result<(), GroupError> {
+    if let Some(obstacle) = config.tensor_parallel_obstacle(spec.tensor_parallel) {
         return Err(GroupError::Spec(obstacle));
     }
     let counts = [
@@ -416,10 +441,10 @@ fn check(spec: &GroupSpec, checkpoint: &Checkpoint) -> Result<(), GroupError> {
     Ok(())
 }
 
-fn bytes_to_read(checkpoint: &Checkpoint, of: usize) -> u64 {
+fn bytes_to_read(weights: &Weights, of: usize) -> u64 {
     let rank = |rank| {
-        let slices = Shard { rank, of }.slices(checkpoint.config());
-        let bytes = |s: &Slice| s.outs * s.ins * checkpoint.tensor(&s.name).dtype().size();
+        let slices = Shard { rank, of }.slices(weights.config());
+        let bytes = |s: &Slice| s.outs * s.ins * weights.number_bytes(s);
         slices.iter().map(bytes).sum::<usize>() as u64
     };
     (0..of).map(rank).sum()

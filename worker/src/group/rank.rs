@@ -11,14 +11,14 @@ use std::{
     },
 };
 
-use super::{Cause, Fault, FaultKind, GroupError, GroupSpec, LoadProgress, RankMemory, Thread};
+use super::{Cause, Fault, FaultKind, GroupError, GroupSpec, LoadProgress, Machine, RankMemory, Thread};
 use crate::{
-    checkpoint::Checkpoint,
     device::{
-        DeviceError, HeadOut, StepMeta, VocabSplit,
+        Device, DeviceError, HeadOut, StepMeta, VocabSplit,
         cpu::{CpuDevice, CpuSpec, Exchange},
+        cuda::{CudaDevice, CudaSpec, GroupId},
     },
-    model::{Llama, LlamaSpec, Shard},
+    model::{Llama, LlamaSpec, Shard, Weights},
 };
 
 /// A step to run.
@@ -40,13 +40,13 @@ pub(super) struct Member {
     pub(super) shard: Shard,
     pub(super) threads: usize,
     pub(super) spec: GroupSpec,
-    pub(super) checkpoint: Arc<Checkpoint>,
+    pub(super) weights: Weights,
+    /// Where GPUs of several ranks meet.
+    pub(super) id: Option<GroupId>,
     pub(super) exchange: Arc<Exchange>,
     pub(super) progress: Arc<LoadProgress>,
     pub(super) answers: Sender<Answer>,
 }
-
-type Model = (CpuDevice, Llama<CpuDevice>);
 
 impl Member {
     /// Starts the rank's thread, which loads at once.
@@ -67,9 +67,16 @@ impl Member {
     }
 
     fn live(self, inbox: &Receiver<Job>) {
-        let loaded = guard(|| self.load());
+        match self.spec.machine {
+            Machine::Cpu => self.live_on(inbox, Self::cpu),
+            Machine::Cuda => self.live_on(inbox, Self::cuda),
+        }
+    }
+
+    fn live_on<D: Device>(self, inbox: &Receiver<Job>, make: fn(&Self) -> Result<D, DeviceError>) {
+        let loaded = guard(|| self.load(make(&self)?));
         let (mut device, mut llama) = match loaded {
-            Ok(((device, llama), memory)) => {
+            Ok((device, llama, memory)) => {
                 self.answer(Ok(Done::Loaded(memory)));
                 (device, llama)
             }
@@ -88,8 +95,8 @@ impl Member {
         }
     }
 
-    fn load(&self) -> Result<(Model, RankMemory), DeviceError> {
-        let config = self.checkpoint.config();
+    fn cpu(&self) -> Result<CpuDevice, DeviceError> {
+        let config = self.weights.config();
         let spec = CpuSpec {
             rank: self.shard.rank,
             threads: self.threads,
@@ -98,20 +105,38 @@ impl Member {
             hidden: config.hidden_size,
             split: VocabSplit::new(config.vocab_size, self.shard.of),
         };
-        let mut device = CpuDevice::new(&spec, self.exchange.clone())?;
+        CpuDevice::new(&spec, self.exchange.clone())
+    }
+
+    fn cuda(&self) -> Result<CudaDevice, DeviceError> {
+        let config = self.weights.config();
+        let spec = CudaSpec {
+            shard: self.shard,
+            max_running: self.spec.max_running,
+            max_rows: self.spec.max_step_tokens,
+            max_model_len: self.spec.max_model_len,
+            block_tokens: self.spec.block_tokens,
+            hidden: config.hidden_size,
+            heads: self.shard.heads(config),
+            split: VocabSplit::new(config.vocab_size, self.shard.of),
+        };
+        CudaDevice::new(spec, self.id, self.exchange.clone())
+    }
+
+    fn load<D: Device>(&self, mut device: D) -> Result<(D, Llama<D>, RankMemory), DeviceError> {
         let spec = LlamaSpec {
             shard: self.shard,
             n_blocks: self.spec.n_blocks,
             block_tokens: self.spec.block_tokens,
         };
-        let llama = Llama::load(&mut device, &self.checkpoint, spec, &self.progress.bytes_done)?;
+        let llama = Llama::load(&mut device, &self.weights, spec, &self.progress.bytes_done)?;
         let bytes = device.allocated();
         let memory = RankMemory {
             weights_bytes: bytes.weights,
             kv_bytes: bytes.kv,
             workspace_bytes: bytes.workspace,
         };
-        Ok(((device, llama), memory))
+        Ok((device, llama, memory))
     }
 
     fn answer(&self, result: Result<Done, Cause>) {
@@ -125,7 +150,7 @@ impl Member {
         });
     }
 
-    fn misbehave(&self, step: u64, device: &mut CpuDevice) -> Result<(), DeviceError> {
+    fn misbehave(&self, step: u64, device: &mut impl Device) -> Result<(), DeviceError> {
         match self.spec.fault {
             Some(Fault { rank, step: at, kind }) if rank == self.shard.rank && step == at => match kind {
                 FaultKind::Panic => panic!("asked to by a test"),

@@ -12,16 +12,13 @@ use std::{
 };
 
 use super::{
-    Cut, Shard, Slice,
+    Shard, Slice, Weights,
     rotary::inverse_frequencies,
     shard::{LayerSlices, Slices},
 };
-use crate::{
-    checkpoint::Checkpoint,
-    device::{Device, DeviceError, HeadOut, Heads, KvShape, Norm, StepMeta, VocabSplit},
-};
+use crate::device::{Device, DeviceError, HeadOut, Heads, KvShape, Norm, StepMeta, VocabSplit};
 
-/// Numbers of a tensor that are converted at a time while loading: 16 MiB beside the loaded weights.
+/// Numbers of a tensor that are brought over at a time while loading: 16 MiB of fp32 beside the loaded weights.
 const LOAD_CHUNK: usize = 4 << 20;
 
 /// What a rank needs beside the checkpoint.
@@ -76,11 +73,11 @@ impl<D: Device> Llama<D> {
     /// If memory runs out.
     pub fn load(
         device: &mut D,
-        checkpoint: &Checkpoint,
+        weights: &Weights,
         spec: LlamaSpec,
         loaded: &AtomicU64,
     ) -> Result<Self, DeviceError> {
-        let config = checkpoint.config();
+        let config = weights.config();
         let heads = spec.shard.heads(config);
         let slices = spec.shard.slices(config);
         // The pool first: if memory is short, it shows before minutes of loading.
@@ -93,7 +90,7 @@ impl<D: Device> Llama<D> {
         let hidden = config.hidden_size;
         let inner = slices.layers.first().map_or(0, |layer| layer.down.ins);
         let work = Activations {
-            residual: device.rows(hidden)?,
+            residual: device.residual(hidden)?,
             normed: device.rows(hidden)?,
             qkv: device.rows(heads.qkv_width())?,
             attended: device.rows(heads.n_q * heads.dim)?,
@@ -103,7 +100,7 @@ impl<D: Device> Llama<D> {
         };
         let mut loader = Loader {
             device,
-            checkpoint,
+            weights,
             loaded,
             eps: config.rms_norm_eps as f32,
         };
@@ -113,7 +110,7 @@ impl<D: Device> Llama<D> {
             norm,
             head,
         } = &slices;
-        Ok(Self {
+        let llama = Self {
             heads,
             split: VocabSplit::new(config.vocab_size, spec.shard.of),
             embedding: loader.matrix(std::slice::from_ref(embedding))?,
@@ -129,7 +126,21 @@ impl<D: Device> Llama<D> {
             inv_freq: device.vector(&inverse_frequencies(&config.rope, config.head_dim))?,
             kv,
             work,
-        })
+        };
+        llama.prepare(device)?;
+        Ok(llama)
+    }
+
+    /// All layers have the same shapes, so one stands for all.
+    fn prepare(&self, device: &mut D) -> Result<(), DeviceError> {
+        let work = &self.work;
+        if let Some(layer) = self.layers.first() {
+            device.prepare(&work.normed, &layer.qkv, &work.qkv)?;
+            device.prepare(&work.attended, &layer.attention_out, &work.partial)?;
+            device.prepare(&work.normed, &layer.gate_up, &work.gate_up)?;
+            device.prepare(&work.inner, &layer.down, &work.partial)?;
+        }
+        device.prepare_head(self.head.as_ref().unwrap_or(&self.embedding))
     }
 
     /// Runs one step; returns what this rank sampled and scored.
@@ -148,7 +159,7 @@ impl<D: Device> Llama<D> {
             kv,
             work,
         } = self;
-        let step = device.begin(meta, inv_freq, heads.dim / 2);
+        let step = device.begin(meta, inv_freq, heads.dim / 2)?;
         let first = layers.first().map_or(&*norm, |layer| &layer.attention_norm);
         device.embed_norm(
             &step,
@@ -159,10 +170,10 @@ impl<D: Device> Llama<D> {
             &mut work.normed,
         )?;
         for (n, layer) in layers.iter().enumerate() {
-            device.linear(&step, &work.normed, &layer.qkv, &mut work.qkv);
-            device.rope_write(&step, n, *heads, &mut work.qkv, kv);
-            device.attention(&step, n, *heads, &work.qkv, kv, &mut work.attended);
-            device.linear(&step, &work.attended, &layer.attention_out, &mut work.partial);
+            device.linear(&step, &work.normed, &layer.qkv, &mut work.qkv)?;
+            device.rope_write(&step, n, *heads, &mut work.qkv, kv)?;
+            device.attention(&step, n, *heads, &work.qkv, kv, &mut work.attended)?;
+            device.linear(&step, &work.attended, &layer.attention_out, &mut work.partial)?;
             device.reduce_add_norm(
                 &step,
                 &work.partial,
@@ -170,20 +181,21 @@ impl<D: Device> Llama<D> {
                 &mut work.residual,
                 &mut work.normed,
             )?;
-            device.linear(&step, &work.normed, &layer.gate_up, &mut work.gate_up);
-            device.silu_mul(&step, &work.gate_up, &mut work.inner);
-            device.linear(&step, &work.inner, &layer.down, &mut work.partial);
+            device.linear(&step, &work.normed, &layer.gate_up, &mut work.gate_up)?;
+            device.silu_mul(&step, &work.gate_up, &mut work.inner)?;
+            device.linear(&step, &work.inner, &layer.down, &mut work.partial)?;
             let next = layers.get(n + 1).map_or(&*norm, |layer| &layer.attention_norm);
             device.reduce_add_norm(&step, &work.partial, next, &mut work.residual, &mut work.normed)?;
         }
-        device.head_sample(&step, &work.normed, head.as_ref().unwrap_or(embedding), split)
+        let head = head.as_ref().unwrap_or(embedding);
+        device.head_sample(&step, &work.residual, &work.normed, head, split)
     }
 }
 
 /// Moves slices from the files to the device.
 struct Loader<'a, D> {
     device: &'a mut D,
-    checkpoint: &'a Checkpoint,
+    weights: &'a Weights,
     loaded: &'a AtomicU64,
     eps: f32,
 }
@@ -201,7 +213,7 @@ impl<D: Device> Loader<'_, D> {
     }
 
     fn norm(&mut self, slice: &Slice) -> Result<Norm<D::Vector>, DeviceError> {
-        let values = self.checkpoint.tensor(&slice.name).rows_f32(0..slice.outs);
+        let values = self.weights.part(slice, 0..slice.outs).to_f32();
         self.count(slice, slice.outs);
         Ok(Norm {
             weight: self.device.vector(&values)?,
@@ -215,29 +227,18 @@ impl<D: Device> Loader<'_, D> {
         let mut matrix = self.device.matrix(outs, slices[0].ins)?;
         let mut at = 0;
         for slice in slices {
-            let tensor = self.checkpoint.tensor(&slice.name);
-            match &slice.cut {
-                Cut::Rows(rows) => {
-                    for rows in pieces(rows.clone(), (LOAD_CHUNK / slice.ins).max(1)) {
-                        self.device.fill(&mut matrix, at, &tensor.rows_f32(rows.clone()));
-                        at += rows.len();
-                        self.count(slice, rows.len() * slice.ins);
-                    }
-                }
-                Cut::Columns(columns) => {
-                    self.device
-                        .fill(&mut matrix, at, &tensor.cols_f32(columns.clone()));
-                    at += slice.outs;
-                    self.count(slice, slice.outs * slice.ins);
-                }
-                Cut::Whole => unreachable!("only vectors are loaded whole"),
+            for outs in pieces(0..slice.outs, (LOAD_CHUNK / slice.ins).max(1)) {
+                let part = self.weights.part(slice, outs.clone());
+                self.device.fill(&mut matrix, at, &part)?;
+                at += outs.len();
+                self.count(slice, outs.len() * slice.ins);
             }
         }
         Ok(matrix)
     }
 
     fn count(&self, slice: &Slice, n: usize) {
-        let bytes = n * self.checkpoint.tensor(&slice.name).dtype().size();
+        let bytes = n * self.weights.number_bytes(slice);
         self.loaded.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }

@@ -40,6 +40,8 @@ pub struct Slice {
     pub outs: usize,
     /// See `outs`.
     pub ins: usize,
+    /// Numbers in a row of the whole tensor.
+    pub width: usize,
 }
 
 /// What one rank holds of a layer. Slices of one field become one matrix, in this order.
@@ -125,13 +127,13 @@ impl Shard {
                 rows(name("self_attn.k_proj"), kv.clone(), hidden),
                 rows(name("self_attn.v_proj"), kv, hidden),
             ],
-            attention_out: columns(name("self_attn.o_proj"), q, hidden),
+            attention_out: columns(name("self_attn.o_proj"), q, hidden, config.n_heads * dim),
             mlp_norm: whole(name("post_attention_layernorm"), hidden),
             gate_up: [
                 rows(name("mlp.gate_proj"), inner.clone(), hidden),
                 rows(name("mlp.up_proj"), inner.clone(), hidden),
             ],
-            down: columns(name("mlp.down_proj"), inner, hidden),
+            down: columns(name("mlp.down_proj"), inner, hidden, config.intermediate_size),
         }
     }
 }
@@ -160,15 +162,17 @@ fn rows(name: String, range: Range<usize>, ins: usize) -> Slice {
         name,
         outs: range.len(),
         ins,
+        width: ins,
         cut: Cut::Rows(range),
     }
 }
 
-fn columns(name: String, range: Range<usize>, outs: usize) -> Slice {
+fn columns(name: String, range: Range<usize>, outs: usize, width: usize) -> Slice {
     Slice {
         name,
         outs,
         ins: range.len(),
+        width,
         cut: Cut::Columns(range),
     }
 }
@@ -179,6 +183,7 @@ fn whole(name: String, len: usize) -> Slice {
         cut: Cut::Whole,
         outs: len,
         ins: 1,
+        width: 1,
     }
 }
 

@@ -32,20 +32,24 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler that has generated nothing yet.
+    /// A sampler that has generated nothing yet but the resumed tokens.
     pub fn new(params: SamplingParams, prompt: Arc<[u32]>) -> Self {
+        let (own, resumed) = prompt.split_at(prompt.len().saturating_sub(params.resumed as usize));
         let in_prompt = if params.repetition_penalty != 1.0 {
-            prompt.iter().copied().collect()
+            own.iter().copied().collect()
         } else {
             HashSet::new()
         };
-        Self {
+        let resumed = resumed.to_vec();
+        let mut sampler = Self {
             params,
             prompt,
             output: Vec::new(),
             counts: HashMap::new(),
             in_prompt,
-        }
+        };
+        resumed.into_iter().for_each(|token| sampler.remember(token));
+        sampler
     }
 
     /// The prompt's tokens.
@@ -53,8 +57,8 @@ impl Sampler {
         &self.prompt
     }
 
-    /// Chooses generated token `index`, which will stand at `position` of the sequence. `row` holds the logits of the
-    /// whole vocabulary and is scratch afterwards.
+    /// Chooses generated token `index`, counted after the resumed ones, which will stand at `position` of the
+    /// sequence. `row` holds the logits of the whole vocabulary and is scratch afterwards.
     ///
     /// # Errors
     /// If a logit is not a number or the largest is infinite.
@@ -65,6 +69,7 @@ impl Sampler {
         position: u32,
     ) -> Result<(u32, Option<TokenScore>), BadLogits> {
         finite_max(row).ok_or(BadLogits)?;
+        let index = self.counted(index);
         self.forget_from(index);
         // Scoring needs the raw row, the choice changes it.
         let raw = self.params.logprobs.map(|n_top| (n_top, row.to_vec()));
@@ -78,6 +83,29 @@ impl Sampler {
         };
         self.remember(token);
         Ok((token, score))
+    }
+
+    /// Whether generated token `index` is the likeliest of the raw logits and no score of it is wanted, so that a
+    /// device may find it alone and tell it with [`Sampler::take`].
+    pub fn is_plain(&self, index: u32) -> bool {
+        let params = &self.params;
+        let bans = self.counted(index) < params.min_tokens && !params.stop_ids.is_empty();
+        params.temperature <= 0.0
+            && params.logprobs.is_none()
+            && params.logit_bias.is_empty()
+            && !params.penalises()
+            && !bans
+    }
+
+    /// Takes `token`, which a device has found, as generated token `index`.
+    pub fn take(&mut self, index: u32, token: u32) {
+        self.forget_from(self.counted(index));
+        self.remember(token);
+    }
+
+    /// The number of a generated token when the resumed ones count.
+    fn counted(&self, index: u32) -> u32 {
+        self.params.resumed.saturating_add(index)
     }
 
     /// Scores the prompt token at `position` by the logits of the position before.

@@ -2,7 +2,10 @@
 
 use std::net::SocketAddr;
 
-use crate::{checkpoint::CheckpointError, config::ConfigError, engine::EngineError, group::GroupError};
+use crate::{
+    checkpoint::CheckpointError, config::ConfigError, device::DeviceError, engine::EngineError,
+    group::GroupError,
+};
 
 /// Why `serve` ended other than by a drain.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +26,9 @@ pub enum ServeError {
     /// The model's folder cannot be served.
     #[error(transparent)]
     Checkpoint(Box<CheckpointError>),
+    /// The GPUs, or the libraries that drive them, cannot be used.
+    #[error("--device=cuda: {0}")]
+    Device(#[from] DeviceError),
     /// The group did not start.
     #[error(transparent)]
     Group(#[from] GroupError),

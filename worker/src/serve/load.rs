@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use swallow_proto::prefix;
+use swallow_proto::{launch::DeviceKind, prefix};
 use swallow_schedule::Limits;
 use tracing::{info, warn};
 
@@ -13,10 +13,14 @@ use super::{Facts, Loaded, ModelFile, ServeError};
 use crate::{
     checkpoint::{Checkpoint, GenerationConfig, LlamaConfig, TextFiles, eos_union, tokenizer_eos},
     config::{CacheShape, Config, Fit},
-    device::cpu::HEAD_ROWS,
+    device::{
+        VocabSplit,
+        cpu::HEAD_ROWS,
+        cuda::{self, CudaSpec},
+    },
     engine::{Defaults, Door},
-    group::{Group, GroupSpec, RankMemory},
-    model::Shard,
+    group::{Group, GroupSpec, Machine, RankMemory},
+    model::{Shard, Slice},
     state::{Memory, State},
 };
 
@@ -37,10 +41,13 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         eos_union(checkpoint.config(), &generation, tokenizer_eos(&text)?),
         vocab_size,
     );
-    let fit = config.fit(&cache_shape(checkpoint.config()))?;
+    let machine = machine(config.device)?;
+    let config = &with_kv_bytes(config, machine, checkpoint.config())?;
+    let fit = config.fit(&cache_shape(checkpoint.config(), machine))?;
     log_fit(config, &fit, checkpoint.config());
 
     let spec = GroupSpec {
+        machine,
         tensor_parallel: ranks,
         threads: to_usize(config.threads),
         block_tokens: to_usize(config.block_tokens),
@@ -51,7 +58,10 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         step_timeout: config.step_timeout,
         fault: None,
     };
-    let planned = planned(checkpoint.config(), config, &fit);
+    let planned = match machine {
+        Machine::Cpu => planned(checkpoint.config(), config, &fit),
+        Machine::Cuda => planned_cuda(checkpoint.config(), config, &fit),
+    };
     state.planned(planned);
     info!(
         weights_bytes = planned.weights_bytes,
@@ -125,11 +135,65 @@ fn reachable(mut eos: Vec<u32>, vocab_size: u32) -> Arc<[u32]> {
     eos.into()
 }
 
-fn cache_shape(model: &LlamaConfig) -> CacheShape {
+/// What the ranks compute on. With `auto` a machine whose GPUs cannot be used computes on its processors, and says why.
+fn machine(device: DeviceKind) -> Result<Machine, ServeError> {
+    match device {
+        DeviceKind::Cpu => Ok(Machine::Cpu),
+        DeviceKind::Cuda => Ok(Machine::Cuda),
+        DeviceKind::Auto => Ok(match cuda::available() {
+            Ok(()) => Machine::Cuda,
+            Err(error) => {
+                info!("computing on the CPU: {error}");
+                Machine::Cpu
+            }
+        }),
+    }
+}
+
+/// The flags, with the bytes for keys and values that the GPUs' memory leaves if that is what they ask for.
+fn with_kv_bytes(config: &Config, machine: Machine, model: &LlamaConfig) -> Result<Config, ServeError> {
+    let mut config = config.clone();
+    if machine == Machine::Cpu {
+        return Ok(config);
+    }
+    let ranks = to_usize(config.tensor_parallel);
+    let survey = cuda::survey(ranks)?;
+    let Some(percent) = config.device_memory_percent else {
+        return Ok(config);
+    };
+    let used = survey.total_bytes - survey.free_bytes;
+    let nothing = Fit {
+        block_bytes: 0,
+        n_blocks: 0,
+        max_model_len: config
+            .max_model_len
+            .unwrap_or(to_u32(model.max_position_embeddings)),
+    };
+    let needed = planned_cuda(model, &config, &nothing);
+    let rank = (needed.weights_bytes + needed.workspace_bytes).div_ceil(u64::from(config.tensor_parallel));
+    let budget = survey.total_bytes / 100 * u64::from(percent);
+    let left = budget.saturating_sub(used + rank);
+    info!(
+        gpu = survey.name,
+        total_bytes = survey.total_bytes,
+        free_bytes = survey.free_bytes,
+        percent,
+        kv_bytes_a_gpu = left,
+        "memory for keys and values"
+    );
+    config.kv_bytes = left * u64::from(config.tensor_parallel);
+    Ok(config)
+}
+
+fn cache_shape(model: &LlamaConfig, machine: Machine) -> CacheShape {
     CacheShape {
         n_layers: to_u32(model.n_layers),
         n_kv_heads: to_u32(model.n_kv_heads),
         head_dim: to_u32(model.head_dim),
+        number_bytes: match machine {
+            Machine::Cpu => 4,
+            Machine::Cuda => 2,
+        },
         max_position_embeddings: to_u32(model.max_position_embeddings),
     }
 }
@@ -174,6 +238,35 @@ fn planned(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
         weights_bytes: FP32 * weights as u64,
         kv_bytes: fit.block_bytes * u64::from(fit.n_blocks),
         workspace_bytes: FP32 * activations as u64,
+    }
+}
+
+/// What loading will need on GPUs: weights in bf16, norms and rotary frequencies in fp32.
+fn planned_cuda(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
+    const BF16: usize = 2;
+    const FP32: usize = 4;
+    let of = to_usize(config.tensor_parallel);
+    let (mut weights, mut workspace) = (0, 0);
+    for shard in (0..of).map(|rank| Shard { rank, of }) {
+        let slices = shard.slices(model);
+        let bytes = |slice: &Slice| slice.outs * slice.ins * if slice.ins == 1 { FP32 } else { BF16 };
+        weights += slices.iter().map(bytes).sum::<usize>() + model.head_dim / 2 * FP32;
+        let spec = CudaSpec {
+            shard,
+            max_running: to_usize(config.max_running),
+            max_rows: to_usize(config.max_step_tokens),
+            max_model_len: to_usize(fit.max_model_len),
+            block_tokens: to_usize(config.block_tokens),
+            hidden: model.hidden_size,
+            heads: shard.heads(model),
+            split: VocabSplit::new(model.vocab_size, of),
+        };
+        workspace += cuda::workspace_bytes(&spec, shard.part(model.intermediate_size).len());
+    }
+    Memory {
+        weights_bytes: weights as u64,
+        kv_bytes: fit.block_bytes * u64::from(fit.n_blocks),
+        workspace_bytes: workspace,
     }
 }
 

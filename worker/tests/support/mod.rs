@@ -15,7 +15,7 @@ use std::{
 use swallow_schedule::{Ask, Finish, Limits, Micros, Output, Scheduler, SeqId};
 use swallow_worker::{
     checkpoint::Checkpoint,
-    group::{Group, GroupSpec, LoadProgress},
+    group::{Group, GroupSpec, LoadProgress, Machine},
     sampling::{SamplingParams, TokenScore},
 };
 
@@ -29,6 +29,7 @@ pub fn fixture(name: &str) -> PathBuf {
 /// A group of this many ranks, small enough for a test.
 pub fn spec(tensor_parallel: usize) -> GroupSpec {
     GroupSpec {
+        machine: Machine::Cpu,
         tensor_parallel,
         threads: 2,
         block_tokens: 16,
@@ -97,6 +98,11 @@ impl Engine {
 
     pub fn start_with(dir: &Path, spec: GroupSpec, prefix_cache: bool) -> Self {
         let group = start(dir, spec.clone());
+        Self::of(group, spec, prefix_cache)
+    }
+
+    /// On a group that runs already.
+    pub fn of(group: Group, spec: GroupSpec, prefix_cache: bool) -> Self {
         let scheduler = scheduler(&spec, prefix_cache);
         Self {
             scheduler,

@@ -69,8 +69,14 @@ impl Rows {
         })
     }
 
+    /// All of it, with rows `stride` numbers apart.
+    pub(in crate::device) fn all_mut(&mut self) -> (&mut [f32], usize) {
+        let stride = self.stride;
+        (&mut self.data, stride)
+    }
+
     /// One row.
-    pub(super) fn row(&self, row: usize) -> &[f32] {
+    pub(in crate::device) fn row(&self, row: usize) -> &[f32] {
         &self.data[row * self.stride..][..self.width]
     }
 

@@ -78,6 +78,11 @@ impl Exchange {
         self.barrier.close();
     }
 
+    /// Whether a rank has failed.
+    pub fn is_closed(&self) -> bool {
+        self.barrier.is_closed()
+    }
+
     /// Sleeps until [`Exchange::close`].
     pub fn wait_closed(&self) {
         self.barrier.wait_closed();
@@ -95,37 +100,60 @@ impl Exchange {
     ///
     /// # Safety
     /// No rank uses `rank`'s area yet.
-    pub(super) unsafe fn allocate(
+    pub(in crate::device) unsafe fn allocate(
         &self,
         rank: usize,
         hidden: usize,
         shard: usize,
     ) -> Result<(), DeviceError> {
-        let area = &self.ranks[rank];
-        let mut bytes = 0;
-        let mut make = |cell: &UnsafeCell<Option<Rows>>, n_rows, width| -> Result<(), DeviceError> {
-            let rows = Rows::new(n_rows, width)?;
-            bytes += rows.data.bytes();
-            // SAFETY: the caller promises that nobody else uses the area.
-            unsafe { *cell.get() = Some(rows) };
-            Ok(())
-        };
         if self.n_ranks() > 1 {
-            make(&area.partial[0], self.n_rows, hidden)?;
-            make(&area.partial[1], self.n_rows, hidden)?;
+            for cell in &self.ranks[rank].partial {
+                // SAFETY: the caller's promise.
+                unsafe { self.make(rank, cell, self.n_rows, hidden)? };
+            }
         }
-        make(&area.logits, HEAD_ROWS, shard)?;
-        area.bytes.store(bytes, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { self.allocate_logits(rank, shard) }
+    }
+
+    /// As [`Exchange::allocate`], for ranks that add up among themselves and bring logits here alone.
+    ///
+    /// # Safety
+    /// No rank uses `rank`'s area yet.
+    pub(in crate::device) unsafe fn allocate_logits(
+        &self,
+        rank: usize,
+        shard: usize,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.make(rank, &self.ranks[rank].logits, HEAD_ROWS, shard) }
+    }
+
+    /// # Safety
+    /// `cell` is of `rank`'s area, which no rank uses yet.
+    unsafe fn make(
+        &self,
+        rank: usize,
+        cell: &UnsafeCell<Option<Rows>>,
+        n_rows: usize,
+        width: usize,
+    ) -> Result<(), DeviceError> {
+        let rows = Rows::new(n_rows, width)?;
+        self.ranks[rank]
+            .bytes
+            .fetch_add(rows.data.bytes(), Ordering::Relaxed);
+        // SAFETY: the caller promises that nobody else uses the area.
+        unsafe { *cell.get() = Some(rows) };
         Ok(())
     }
 
     /// Bytes of a rank's area.
-    pub(super) fn bytes(&self, rank: usize) -> u64 {
+    pub(in crate::device) fn bytes(&self, rank: usize) -> u64 {
         self.ranks[rank].bytes.load(Ordering::Relaxed)
     }
 
     /// Waits for all ranks; what each wrote before is then readable by all.
-    pub(super) fn meet(&self, rank: usize) -> Result<(), DeviceError> {
+    pub(in crate::device) fn meet(&self, rank: usize) -> Result<(), DeviceError> {
         self.ranks[rank].meetings.fetch_add(1, Ordering::Relaxed);
         self.barrier.wait().map_err(|Closed| DeviceError::Interrupted)
     }
@@ -136,7 +164,7 @@ impl Exchange {
         clippy::mut_from_ref,
         reason = "an area is a cell whose exclusive use the caller promises"
     )]
-    pub(super) unsafe fn partial_mut(&self, rank: usize, turn: usize) -> &mut Rows {
+    pub(in crate::device) unsafe fn partial_mut(&self, rank: usize, turn: usize) -> &mut Rows {
         // SAFETY: the caller's promise.
         unsafe { &mut *self.ranks[rank].partial[turn].get() }
             .as_mut()
@@ -145,7 +173,7 @@ impl Exchange {
 
     /// # Safety
     /// Between a meeting after which `rank` does not write this area and the next meeting.
-    pub(super) unsafe fn partial(&self, rank: usize, turn: usize) -> &Rows {
+    pub(in crate::device) unsafe fn partial(&self, rank: usize, turn: usize) -> &Rows {
         // SAFETY: the caller's promise.
         unsafe { &*self.ranks[rank].partial[turn].get() }
             .as_ref()
@@ -158,7 +186,7 @@ impl Exchange {
         clippy::mut_from_ref,
         reason = "an area is a cell whose exclusive use the caller promises"
     )]
-    pub(super) unsafe fn logits_mut(&self, rank: usize) -> &mut Rows {
+    pub(in crate::device) unsafe fn logits_mut(&self, rank: usize) -> &mut Rows {
         // SAFETY: the caller's promise.
         unsafe { &mut *self.ranks[rank].logits.get() }
             .as_mut()
@@ -167,7 +195,7 @@ impl Exchange {
 
     /// # Safety
     /// As for [`Exchange::partial`].
-    pub(super) unsafe fn logits(&self, rank: usize) -> &Rows {
+    pub(in crate::device) unsafe fn logits(&self, rank: usize) -> &Rows {
         // SAFETY: the caller's promise.
         unsafe { &*self.ranks[rank].logits.get() }
             .as_ref()
@@ -180,26 +208,26 @@ impl Exchange {
         clippy::mut_from_ref,
         reason = "an area is a cell whose exclusive use the caller promises"
     )]
-    pub(super) unsafe fn sampled_mut(&self, rank: usize) -> &mut Vec<u32> {
+    pub(in crate::device) unsafe fn sampled_mut(&self, rank: usize) -> &mut Vec<u32> {
         // SAFETY: the caller's promise.
         unsafe { &mut *self.ranks[rank].sampled.get() }
     }
 
     /// # Safety
     /// As for [`Exchange::partial`].
-    pub(super) unsafe fn sampled(&self, rank: usize) -> &[u32] {
+    pub(in crate::device) unsafe fn sampled(&self, rank: usize) -> &[u32] {
         // SAFETY: the caller's promise.
         unsafe { &*self.ranks[rank].sampled.get() }
     }
 
     /// Publishes the hash of a rank's residual stream, to be compared after the next meeting.
-    pub(super) fn set_hash(&self, rank: usize, hash: u64) {
+    pub(in crate::device) fn set_hash(&self, rank: usize, hash: u64) {
         self.ranks[rank].hash.store(hash, Ordering::Relaxed);
     }
 
     /// # Errors
     /// If a rank published another hash than rank 0.
-    pub(super) fn compare(&self, rank: usize) -> Result<(), DeviceError> {
+    pub(in crate::device) fn compare(&self, rank: usize) -> Result<(), DeviceError> {
         let hash = |rank: usize| self.ranks[rank].hash.load(Ordering::Relaxed);
         if hash(rank) == hash(0) {
             Ok(())

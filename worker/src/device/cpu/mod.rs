@@ -27,8 +27,8 @@ pub use simd::{Isa, Kernel, LANES, Lanes};
 pub use team::Team;
 
 use super::{
-    Device, DeviceError, HeadAsk, HeadOut, HeadUse, Heads, KvShape, Norm, RowToken, StepMeta, VocabSplit,
-    WorkMeta,
+    Allocated, Device, DeviceError, HeadAsk, HeadOut, HeadUse, Heads, KvShape, Norm, Part, RowToken,
+    StepMeta, VocabSplit, WorkMeta,
 };
 use attention::{AttentionTile, Scratch, TILE};
 use buffer::{Buffer, SharedRows};
@@ -54,17 +54,6 @@ pub struct CpuSpec {
     pub hidden: usize,
     /// The vocabulary over the ranks.
     pub split: VocabSplit,
-}
-
-/// Bytes that a device has allocated.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Allocated {
-    /// Weights.
-    pub weights: u64,
-    /// Keys and values.
-    pub kv: u64,
-    /// Activations, scratch, and this rank's part of the exchange.
-    pub workspace: u64,
 }
 
 /// One rank on this machine's processors.
@@ -125,20 +114,6 @@ impl CpuDevice {
             allocated: Allocated::default(),
             disturbed: false,
         })
-    }
-
-    /// Bytes allocated so far.
-    pub fn allocated(&self) -> Allocated {
-        let workspace = self.allocated.workspace + self.packed.bytes() + self.exchange.bytes(self.rank);
-        Allocated {
-            workspace,
-            ..self.allocated
-        }
-    }
-
-    /// Test instrument: makes this rank's residual stream differ from the others' from now on.
-    pub fn disturb(&mut self) {
-        self.disturbed = true;
     }
 
     /// Which of the exchange's areas is this operation's.
@@ -223,7 +198,12 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-fn respond(ask: &HeadAsk, index: usize, row: &mut [f32]) -> Result<HeadOut, DeviceError> {
+/// Answers one ask from a row of logits over the whole vocabulary.
+pub(in crate::device) fn respond(
+    ask: &HeadAsk,
+    index: usize,
+    row: &mut [f32],
+) -> Result<HeadOut, DeviceError> {
     let not_finite = |_| DeviceError::NotFinite {
         seq: ask.seq.0,
         position: ask.position,
@@ -260,8 +240,9 @@ impl Device for CpuDevice {
         Ok(matrix)
     }
 
-    fn fill(&mut self, matrix: &mut Matrix, first_out: usize, values: &[f32]) {
-        matrix.fill(&self.team, first_out, values);
+    fn fill(&mut self, matrix: &mut Matrix, first_out: usize, part: &Part<'_>) -> Result<(), DeviceError> {
+        matrix.fill(&self.team, first_out, &part.to_f32());
+        Ok(())
     }
 
     fn vector(&mut self, values: &[f32]) -> Result<Buffer, DeviceError> {
@@ -283,7 +264,19 @@ impl Device for CpuDevice {
         Ok(kv)
     }
 
-    fn begin(&mut self, meta: Arc<StepMeta>, inv_freq: &Buffer, half: usize) -> CpuStep {
+    fn allocated(&self) -> Allocated {
+        let workspace = self.allocated.workspace + self.packed.bytes() + self.exchange.bytes(self.rank);
+        Allocated {
+            workspace,
+            ..self.allocated
+        }
+    }
+
+    fn disturb(&mut self) {
+        self.disturbed = true;
+    }
+
+    fn begin(&mut self, meta: Arc<StepMeta>, inv_freq: &Buffer, half: usize) -> Result<CpuStep, DeviceError> {
         let ids = meta.tokens.iter().map(|token| match *token {
             RowToken::Known(id) => id,
             RowToken::LastOf(slot) => self.last_sampled[slot as usize],
@@ -298,7 +291,7 @@ impl Device for CpuDevice {
                 sin.push(angle.sin() as f32);
             }
         }
-        CpuStep { meta, ids, cos, sin }
+        Ok(CpuStep { meta, ids, cos, sin })
     }
 
     fn embed_norm(
@@ -336,7 +329,7 @@ impl Device for CpuDevice {
         Ok(())
     }
 
-    fn linear(&mut self, step: &CpuStep, x: &Rows, w: &Matrix, out: &mut Rows) {
+    fn linear(&mut self, step: &CpuStep, x: &Rows, w: &Matrix, out: &mut Rows) -> Result<(), DeviceError> {
         assert_eq!(out.width, w.outs, "the output is as wide as the weights");
         let which = Which::First(step.n_rows());
         multiply(
@@ -347,9 +340,17 @@ impl Device for CpuDevice {
             w,
             out.shared(),
         );
+        Ok(())
     }
 
-    fn rope_write(&mut self, step: &CpuStep, layer: usize, heads: Heads, qkv: &mut Rows, kv: &mut Kv) {
+    fn rope_write(
+        &mut self,
+        step: &CpuStep,
+        layer: usize,
+        heads: Heads,
+        qkv: &mut Rows,
+        kv: &mut Kv,
+    ) -> Result<(), DeviceError> {
         assert_eq!(qkv.width, heads.qkv_width());
         let (dim, half, rows, kv) = (heads.dim, heads.dim / 2, qkv.shared(), kv.writer());
         self.rowwise(step, qkv.width, |row| {
@@ -366,9 +367,18 @@ impl Device for CpuDevice {
                 unsafe { kv.write(layer, place, head, k, v) };
             }
         });
+        Ok(())
     }
 
-    fn attention(&mut self, step: &CpuStep, layer: usize, heads: Heads, qkv: &Rows, kv: &Kv, out: &mut Rows) {
+    fn attention(
+        &mut self,
+        step: &CpuStep,
+        layer: usize,
+        heads: Heads,
+        qkv: &Rows,
+        kv: &Kv,
+        out: &mut Rows,
+    ) -> Result<(), DeviceError> {
         assert!(qkv.width == heads.qkv_width() && out.width == heads.n_q * heads.dim);
         let rows_a_tile = (TILE * heads.n_kv / heads.n_q).max(1);
         let tiles: Vec<(&WorkMeta, usize, usize)> = step
@@ -408,9 +418,10 @@ impl Device for CpuDevice {
                 }
             });
         });
+        Ok(())
     }
 
-    fn silu_mul(&mut self, step: &CpuStep, gate_up: &Rows, out: &mut Rows) {
+    fn silu_mul(&mut self, step: &CpuStep, gate_up: &Rows, out: &mut Rows) -> Result<(), DeviceError> {
         let width = out.width;
         assert_eq!(gate_up.width, 2 * width);
         let (out, isa) = (out.shared(), self.isa);
@@ -420,6 +431,7 @@ impl Device for CpuDevice {
             let out = unsafe { out.part(row, 0) };
             isa.run(SiluMul { gate, up, out });
         });
+        Ok(())
     }
 
     fn reduce_add_norm(
@@ -467,6 +479,7 @@ impl Device for CpuDevice {
     fn head_sample(
         &mut self,
         step: &CpuStep,
+        _residual: &Rows,
         normed: &Rows,
         head: &Matrix,
         split: &VocabSplit,

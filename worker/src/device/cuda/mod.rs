@@ -1,0 +1,306 @@
+//! The CUDA device: one NVIDIA GPU a rank, weights, activations, keys and values in bf16, the residual stream in fp32.
+//!
+//! Matrix products are cuBLASLt's, sums over ranks NCCL's, everything else kernels of this repository. A step is a
+//! sequence of launches on one stream after one copy of metadata; the host waits once, for what was sampled. The
+//! likeliest token is found on the GPU; rows that want more of a sampler are sampled by the host from their logits, with
+//! the code of the CPU device, so both draw the same tokens from the same logits.
+
+mod attention;
+mod blas;
+mod driver;
+mod head;
+mod kernels;
+mod libs;
+mod load;
+mod nccl;
+mod nvrtc;
+mod ops;
+mod peaks;
+mod upload;
+
+use std::sync::Arc;
+
+use self::{
+    attention::Attention,
+    blas::Blas,
+    driver::{Event, Gpu, Memory},
+    head::Head,
+    load::Staging,
+    nccl::Comm,
+    ops::Kernels,
+    upload::Uploads,
+};
+use super::{Allocated, DeviceError, Heads, KvShape, StepMeta, VocabSplit, cpu::Exchange};
+use crate::model::Shard;
+
+pub use self::{
+    kernels::{KernelError, KernelsArgs, make as make_kernels},
+    libs::LibraryError,
+    nccl::GroupId,
+    peaks::{Peaks, measure as measure_peaks},
+};
+
+/// Sets what NVIDIA's libraries read when they are opened: no NVLink multicast. A program that ends badly while it uses
+/// that can leave the machine's GPUs unusable.
+///
+/// # Safety
+/// The process has one thread.
+pub unsafe fn prepare_environment() {
+    // SAFETY: the caller's promise.
+    unsafe { std::env::set_var("NCCL_NVLS_ENABLE", "0") };
+}
+
+/// Bytes of a bf16 number.
+const BF16: usize = 2;
+/// Bytes of an fp32 number.
+const F32: usize = 4;
+
+/// What a rank's device is made of.
+#[derive(Clone, Debug)]
+pub struct CudaSpec {
+    /// This rank; it has the GPU of its number.
+    pub shard: Shard,
+    /// Slots, and works in one step.
+    pub max_running: usize,
+    /// Rows of the largest step.
+    pub max_rows: usize,
+    /// Longest sequence.
+    pub max_model_len: usize,
+    /// Tokens in one block.
+    pub block_tokens: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Of this rank.
+    pub heads: Heads,
+    /// The vocabulary over the ranks.
+    pub split: VocabSplit,
+}
+
+/// One rank on one GPU.
+pub struct CudaDevice {
+    spec: CudaSpec,
+    gpu: Arc<Gpu>,
+    kernels: Kernels,
+    blas: Blas,
+    /// In a group of several.
+    comm: Option<Comm>,
+    exchange: Arc<Exchange>,
+    staging: Staging,
+    /// Cosines and sines of a step's rows.
+    turns: Memory,
+    uploads: Uploads,
+    attention: Attention,
+    head: Head,
+    /// The end of a step.
+    done: Event,
+    /// What was sampled last, by slot.
+    last_sampled: Vec<u32>,
+    allocated: Allocated,
+    disturbed: bool,
+}
+
+/// Weights `[outs, ins]`.
+pub struct Matrix {
+    outs: usize,
+    ins: usize,
+    memory: Memory,
+}
+
+/// fp32 numbers.
+pub struct Vector {
+    len: usize,
+    memory: Memory,
+}
+
+/// Activations: dense rows.
+pub struct Rows {
+    width: usize,
+    memory: Memory,
+}
+
+/// Keys and values: for each layer all keys, then all values, `[block][head][token][dim]` each.
+pub struct Kv {
+    shape: KvShape,
+    memory: Memory,
+}
+
+impl Kv {
+    /// Bytes of one layer's keys.
+    fn half_bytes(shape: &KvShape) -> usize {
+        shape.n_blocks * shape.block_tokens * shape.heads.n_kv * shape.heads.dim * BF16
+    }
+
+    /// Where a layer's keys and values begin.
+    fn layer(&self, layer: usize) -> [u64; 2] {
+        let half = Self::half_bytes(&self.shape);
+        [2 * layer * half, (2 * layer + 1) * half].map(|at| self.memory.at(at))
+    }
+}
+
+/// An uploaded step.
+pub struct CudaStep {
+    meta: Arc<StepMeta>,
+    /// Where its arrays are on the GPU.
+    on_gpu: upload::Arrays,
+    /// Works of one row, which come first among the uploaded works.
+    n_single: u32,
+    /// Tiles of the works of several rows.
+    n_tiles: u32,
+    /// Longest sequence of the works of one row.
+    longest: u32,
+}
+
+impl CudaStep {
+    fn n_rows(&self) -> usize {
+        self.meta.n_rows()
+    }
+}
+
+impl CudaDevice {
+    /// Opens the rank's GPU, loads or compiles the kernels, and meets the other ranks. Call it on the thread that will
+    /// use the device.
+    ///
+    /// # Errors
+    /// The driver, a library or the GPU is missing or too old, kernels cannot be made, or memory runs out.
+    pub fn new(spec: CudaSpec, id: Option<GroupId>, exchange: Arc<Exchange>) -> Result<Self, DeviceError> {
+        let rank = spec.shard.rank;
+        let gpu = Gpu::open(rank)?;
+        let kernels = Kernels::load(&gpu)?;
+        let blas = Blas::new(&gpu)?;
+        let comm = id
+            .map(|id| Comm::join(&gpu, id, rank, spec.shard.of))
+            .transpose()?;
+        // SAFETY: ranks use each other's areas only after a meeting, and this rank has not been to one yet.
+        unsafe {
+            exchange.allocate_logits(rank, spec.split.range(rank).len())?;
+            gpu.lock(exchange.logits_mut(rank).all_mut().0)?;
+        }
+        let uploads = Uploads::new(&gpu, &spec)?;
+        let attention = Attention::new(&gpu, &spec)?;
+        let head = Head::new(&gpu, &spec)?;
+        let staging = Staging::new(&gpu)?;
+        let turns = gpu.alloc(turns_bytes(&spec), "rotary embedding")?;
+        let workspace =
+            blas::WORKSPACE_BYTES + turns.bytes + uploads.bytes() + attention.bytes() + head.bytes();
+        tracing::info!(
+            rank,
+            gpu = gpu.name,
+            compute_capability = format!("{}.{}", gpu.capability / 10, gpu.capability % 10),
+            attention = if attention::is_fast(spec.heads.dim) {
+                "tensor cores, and passes over shared heads for single rows"
+            } else {
+                "any head size, slow"
+            },
+            "GPU opened"
+        );
+        Ok(Self {
+            last_sampled: vec![0; spec.max_running],
+            done: gpu.event(false)?,
+            allocated: Allocated {
+                workspace: workspace as u64,
+                ..Allocated::default()
+            },
+            disturbed: false,
+            spec,
+            gpu,
+            kernels,
+            blas,
+            comm,
+            exchange,
+            staging,
+            turns,
+            uploads,
+            attention,
+            head,
+        })
+    }
+
+    /// Waits until the GPU has done everything so far, or another rank has failed.
+    fn settle(&self) -> Result<(), DeviceError> {
+        self.done.record()?;
+        loop {
+            for _ in 0..64 {
+                if self.done.reached()? {
+                    return Ok(());
+                }
+                std::hint::spin_loop();
+            }
+            if self.exchange.is_closed() {
+                return Err(DeviceError::Interrupted);
+            }
+        }
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        // A GPU that failed does not come to the end; then nothing is copied any more either.
+        let _ = self.gpu.wait();
+        // SAFETY: the ranks' threads end one after the other, and this rank's area is its own.
+        let (area, _) = unsafe { self.exchange.logits_mut(self.spec.shard.rank) }.all_mut();
+        self.gpu.unlock(area);
+    }
+}
+
+/// A cosine and a sine for each pair of a head, for the rows of the largest step.
+fn turns_bytes(spec: &CudaSpec) -> usize {
+    spec.max_rows * spec.heads.dim * F32
+}
+
+/// Bytes that a rank's device will allocate beside weights, keys and values.
+pub fn workspace_bytes(spec: &CudaSpec, inner: usize) -> u64 {
+    let heads = spec.heads;
+    // Normed and partial rows, queries with keys and values, attention's output, gate with up, and their product.
+    let row = 2 * spec.hidden + heads.qkv_width() + heads.n_q * heads.dim + 3 * inner;
+    let activations = spec.max_rows * (row * BF16 + spec.hidden * F32);
+    let others = blas::WORKSPACE_BYTES
+        + turns_bytes(spec)
+        + upload::planned_bytes(spec)
+        + attention::planned_bytes(spec)
+        + head::planned_bytes(spec);
+    (activations + others) as u64
+}
+
+/// GPUs of this machine, as a group of `n_ranks` finds them.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// Of the smallest.
+    pub total_bytes: u64,
+    /// Of the fullest.
+    pub free_bytes: u64,
+    /// Of the first.
+    pub name: String,
+}
+
+/// Opens the driver, every library, and each rank's GPU, and looks at their memory.
+///
+/// # Errors
+/// The first thing that is missing, too old, or does not work.
+pub fn survey(n_ranks: usize) -> Result<Survey, DeviceError> {
+    driver::Driver::get()?; // first: without it nothing else matters
+    blas::CublasLt::get()?;
+    if n_ranks > 1 {
+        nccl::Nccl::get()?;
+    }
+    let mut survey: Option<Survey> = None;
+    for rank in 0..n_ranks {
+        let gpu = Gpu::open(rank)?;
+        let (free, total) = gpu.memory()?;
+        let so_far = survey.get_or_insert_with(|| Survey {
+            total_bytes: u64::MAX,
+            free_bytes: u64::MAX,
+            name: gpu.name.clone(),
+        });
+        so_far.total_bytes = so_far.total_bytes.min(total as u64);
+        so_far.free_bytes = so_far.free_bytes.min(free as u64);
+    }
+    survey.ok_or_else(|| DeviceError::Cuda("a group has at least one rank".into()))
+}
+
+/// Whether this machine has a GPU that can be used; what is wrong if not.
+///
+/// # Errors
+/// As for [`survey`].
+pub fn available() -> Result<(), DeviceError> {
+    survey(1).map(drop)
+}

@@ -1,0 +1,468 @@
+//! The operations of a forward pass, each one or two launches.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rayon::prelude::*;
+
+use super::{
+    BF16, CudaDevice, CudaStep, F32, Kv, Matrix, Rows, Vector,
+    attention::tile_shared,
+    blas::{Operands, Out, Shape, size},
+    driver::{Arg, Gpu, Kernel, Module},
+    kernels::{KernelError, SOURCES, arch, machine_code},
+    nccl::Numbers,
+};
+use crate::device::{
+    Allocated, Device, DeviceError, HeadOut, Heads, KvShape, Norm, Part, RandomTensor, Source, StepMeta,
+    VocabSplit,
+};
+
+/// Threads of a block of most kernels.
+const THREADS: u32 = 256;
+/// Sizes of steps up to this are made ready for at start; of longer ones the first of each size takes a little longer.
+const PREPARED_ROWS: usize = 2048;
+/// Widths that kernels read and write sixteen bytes at a time.
+const VECTOR: usize = 8;
+
+/// All kernels of one GPU.
+pub(super) struct Kernels {
+    pub(super) embed: Kernel,
+    pub(super) fill_random: Kernel,
+    pub(super) add_norm: Kernel,
+    pub(super) silu_mul: Kernel,
+    turns: Kernel,
+    rope_write: Kernel,
+    /// For head sizes of 64 and 128.
+    single: [Kernel; 2],
+    tiles: [Kernel; 2],
+    pub(super) attend_any: Kernel,
+    pub(super) merge_parts: Kernel,
+    pub(super) gather_rows: Kernel,
+    pub(super) argmax_parts: Kernel,
+    pub(super) argmax_merge: Kernel,
+    pub(super) fingerprint: Kernel,
+}
+
+impl Kernels {
+    /// Loads all kernels, compiling what no cache has.
+    pub(super) fn load(gpu: &Gpu) -> Result<Self, DeviceError> {
+        // Ranks start together; the first compiles, the others find its files.
+        static ONE_COMPILES: Mutex<()> = Mutex::new(());
+        let arch = arch(gpu.capability);
+        let code: Vec<Result<Vec<u8>, KernelError>> = {
+            let _one = ONE_COMPILES.lock().unwrap_or_else(PoisonError::into_inner);
+            SOURCES.par_iter().map(|file| machine_code(file, &arch)).collect()
+        };
+        let mut modules = Vec::new();
+        for (file, code) in SOURCES.iter().zip(code) {
+            let code = code.map_err(|error| DeviceError::Cuda(error.to_string()))?;
+            modules.push((file.name, gpu.module(&code, file.name)?));
+        }
+        let kernel = |file: &str, name: &'static str, shared: u32| -> Result<Kernel, DeviceError> {
+            let module: &Module = modules
+                .iter()
+                .find_map(|(name, module)| (*name == file).then_some(module))
+                .expect("every file is in the list of sources");
+            gpu.kernel(module, name, shared)
+        };
+        Ok(Self {
+            embed: kernel("embed", "embed", 0)?,
+            fill_random: kernel("fill", "fill_random", 0)?,
+            add_norm: kernel("norm", "add_norm", 0)?,
+            silu_mul: kernel("norm", "silu_mul", 0)?,
+            turns: kernel("rope", "turns", 0)?,
+            rope_write: kernel("rope", "rope_write", 0)?,
+            single: [
+                kernel("attention", "attend_single_64", 0)?,
+                kernel("attention", "attend_single_128", 0)?,
+            ],
+            tiles: [
+                kernel("prefill", "attend_tiles_64", tile_shared(64))?,
+                kernel("prefill", "attend_tiles_128", tile_shared(128))?,
+            ],
+            attend_any: kernel("attention", "attend_any", 0)?,
+            merge_parts: kernel("attention", "merge_parts", 0)?,
+            gather_rows: kernel("head", "gather_rows", 0)?,
+            argmax_parts: kernel("head", "argmax_parts", 0)?,
+            argmax_merge: kernel("head", "argmax_merge", 0)?,
+            fingerprint: kernel("head", "fingerprint", 0)?,
+        })
+    }
+
+    /// Attention of single rows with this head size.
+    pub(super) fn attend_single(&self, dim: usize) -> &Kernel {
+        &self.single[usize::from(dim == 128)]
+    }
+
+    /// Attention of tiles with this head size.
+    pub(super) fn attend_tiles(&self, dim: usize) -> &Kernel {
+        &self.tiles[usize::from(dim == 128)]
+    }
+}
+
+impl Kernels {
+    /// Puts part of a random tensor to `to`.
+    fn fill_part(
+        &self,
+        gpu: &Gpu,
+        to: u64,
+        tensor: RandomTensor,
+        part: &Part<'_>,
+    ) -> Result<(), DeviceError> {
+        let n = part.len() as u64;
+        let mut arguments = [
+            to.into(),
+            tensor.key.into(),
+            (part.rows.start as u64).into(),
+            (part.columns.start as u64).into(),
+            (tensor.width as u64).into(),
+            (part.columns.len() as u64).into(),
+            n.into(),
+            tensor.unit.into(),
+        ];
+        let blocks = n.div_ceil(u64::from(THREADS)).min(16 * u64::from(gpu.n_sm)) as u32;
+        // SAFETY: the parameters of `fill_random`; the caller has room for the part.
+        unsafe {
+            gpu.launch(
+                &self.fill_random,
+                [blocks.max(1), 1, 1],
+                [THREADS, 1, 1],
+                0,
+                &mut arguments,
+            )
+        }
+    }
+
+    /// Puts a whole random matrix to `to`.
+    pub(super) fn fill(
+        &self,
+        gpu: &Gpu,
+        to: u64,
+        key: u64,
+        (rows, columns): (usize, usize),
+    ) -> Result<(), DeviceError> {
+        let tensor = RandomTensor {
+            key,
+            ..RandomTensor::new("", columns)
+        };
+        let part = Part {
+            source: Source::Random(tensor),
+            rows: 0..rows,
+            columns: 0..columns,
+        };
+        self.fill_part(gpu, to, tensor, &part)
+    }
+}
+
+/// Whether rows of this width can be read sixteen bytes at a time.
+fn vectors(width: usize) -> u32 {
+    u32::from(width.is_multiple_of(VECTOR))
+}
+
+impl CudaDevice {
+    /// `residual +=` a sum over ranks that is there already, or nothing; `normed` becomes its norm.
+    fn add_norm(
+        &self,
+        step: &CudaStep,
+        partial: Option<&Rows>,
+        norm: &Norm<Vector>,
+        residual: &Rows,
+        normed: &Rows,
+    ) -> Result<(), DeviceError> {
+        let width = residual.width;
+        assert!(normed.width == width && norm.weight.len == width);
+        let mut arguments = [
+            (&residual.memory).into(),
+            partial.map_or(0, |rows| rows.memory.address).into(),
+            (&norm.weight.memory).into(),
+            (&normed.memory).into(),
+            norm.eps.into(),
+            (width as u32).into(),
+            vectors(width).into(),
+        ];
+        // SAFETY: the parameters of `add_norm`; the rows have room for the largest step.
+        unsafe { self.row_blocks(&self.kernels.add_norm, step, &mut arguments) }
+    }
+
+    /// One block a row of the step.
+    ///
+    /// # Safety
+    /// As for [`Gpu::launch`].
+    unsafe fn row_blocks(
+        &self,
+        kernel: &Kernel,
+        step: &CudaStep,
+        arguments: &mut [Arg],
+    ) -> Result<(), DeviceError> {
+        let grid = [step.n_rows() as u32, 1, 1];
+        // SAFETY: the caller's promise.
+        unsafe { self.gpu.launch(kernel, grid, [THREADS, 1, 1], 0, arguments) }
+    }
+}
+
+impl Device for CudaDevice {
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Rows = Rows;
+    type Kv = Kv;
+    type Step = CudaStep;
+
+    fn matrix(&mut self, outs: usize, ins: usize) -> Result<Matrix, DeviceError> {
+        let memory = self.gpu.alloc(outs * ins * BF16, "weights")?;
+        self.allocated.weights += memory.bytes as u64;
+        Ok(Matrix { outs, ins, memory })
+    }
+
+    fn fill(&mut self, matrix: &mut Matrix, first_out: usize, part: &Part<'_>) -> Result<(), DeviceError> {
+        assert!(part.columns.len() == matrix.ins && first_out + part.rows.len() <= matrix.outs);
+        let to = matrix.memory.at(first_out * matrix.ins * BF16);
+        let Source::Random(tensor) = part.source else {
+            return self.staging.copy(&self.gpu, to, part);
+        };
+        self.kernels.fill_part(&self.gpu, to, tensor, part)
+    }
+
+    fn vector(&mut self, values: &[f32]) -> Result<Vector, DeviceError> {
+        let memory = self.gpu.alloc(size_of_val(values), "weights")?;
+        self.gpu.copy_in(memory.address, values)?;
+        self.gpu.wait()?; // the caller's numbers may go
+        self.allocated.weights += memory.bytes as u64;
+        Ok(Vector {
+            len: values.len(),
+            memory,
+        })
+    }
+
+    fn rows(&mut self, width: usize) -> Result<Rows, DeviceError> {
+        self.activations(width, BF16)
+    }
+
+    fn residual(&mut self, width: usize) -> Result<Rows, DeviceError> {
+        self.activations(width, F32)
+    }
+
+    fn kv(&mut self, shape: KvShape) -> Result<Kv, DeviceError> {
+        if !shape.block_tokens.is_power_of_two() {
+            return Err(DeviceError::Cuda(format!(
+                "blocks of {} tokens: on a GPU their number must be a power of two",
+                shape.block_tokens
+            )));
+        }
+        let bytes = 2 * shape.n_layers * Kv::half_bytes(&shape);
+        let memory = self.gpu.alloc(bytes, "keys and values")?;
+        self.allocated.kv += bytes as u64;
+        Ok(Kv { shape, memory })
+    }
+
+    fn allocated(&self) -> Allocated {
+        self.allocated
+    }
+
+    fn disturb(&mut self) {
+        self.disturbed = true;
+    }
+
+    fn begin(
+        &mut self,
+        meta: Arc<StepMeta>,
+        inv_freq: &Vector,
+        half: usize,
+    ) -> Result<CudaStep, DeviceError> {
+        let uploaded = self.uploads.upload(&self.gpu, &meta, &self.last_sampled)?;
+        let step = CudaStep {
+            meta,
+            on_gpu: uploaded.arrays,
+            n_single: uploaded.n_single,
+            n_tiles: uploaded.n_tiles,
+            longest: uploaded.longest,
+        };
+        assert_eq!(half, self.spec.heads.dim / 2);
+        let mut arguments = [
+            (&self.turns).into(),
+            (&inv_freq.memory).into(),
+            step.on_gpu.positions.into(),
+            (half as u32).into(),
+        ];
+        // SAFETY: the parameters of `turns`; there is room for the largest step.
+        unsafe { self.row_blocks(&self.kernels.turns, &step, &mut arguments)? };
+        Ok(step)
+    }
+
+    fn embed_norm(
+        &mut self,
+        step: &CudaStep,
+        table: &Matrix,
+        split: &VocabSplit,
+        norm: &Norm<Vector>,
+        residual: &mut Rows,
+        normed: &mut Rows,
+    ) -> Result<(), DeviceError> {
+        let mine = split.range(self.spec.shard.rank);
+        assert!(table.outs == mine.len() && table.ins == residual.width);
+        let mut arguments = [
+            (&residual.memory).into(),
+            (&table.memory).into(),
+            step.on_gpu.tokens.into(),
+            (residual.width as u32).into(),
+            (mine.start as u32).into(),
+            (mine.len() as u32).into(),
+        ];
+        // SAFETY: the parameters of `embed`; tokens were checked against the vocabulary.
+        unsafe { self.row_blocks(&self.kernels.embed, step, &mut arguments)? };
+        if let Some(comm) = &self.comm {
+            // All ranks but one add zeros, so the sum is exact.
+            comm.sum(
+                residual.memory.address,
+                step.n_rows() * residual.width,
+                Numbers::F32,
+            )?;
+        }
+        self.add_norm(step, None, norm, residual, normed)
+    }
+
+    fn linear(&mut self, step: &CudaStep, x: &Rows, w: &Matrix, out: &mut Rows) -> Result<(), DeviceError> {
+        assert!(x.width == w.ins && out.width == w.outs);
+        let shape = Shape {
+            m: size(step.n_rows()).min(self.spec.max_rows),
+            n: w.outs,
+            k: w.ins,
+            out: Out::Bf16,
+        };
+        let operands = Operands {
+            x: x.memory.address,
+            w: w.memory.address,
+            out: out.memory.address,
+        };
+        self.blas.multiply(shape, operands)
+    }
+
+    fn prepare(&mut self, x: &Rows, w: &Matrix, out: &Rows) -> Result<(), DeviceError> {
+        assert!(x.width == w.ins && out.width == w.outs);
+        let operands = Operands {
+            x: x.memory.address,
+            w: w.memory.address,
+            out: out.memory.address,
+        };
+        let most = self.spec.max_rows.min(PREPARED_ROWS);
+        self.blas
+            .prepare(most, self.spec.max_rows, (w.outs, w.ins, Out::Bf16), operands)
+    }
+
+    fn prepare_head(&mut self, head: &Matrix) -> Result<(), DeviceError> {
+        let operands = self.head.operands(head);
+        let most = self.head.batch();
+        self.blas
+            .prepare(most, most, (head.outs, head.ins, Out::F32), operands)
+    }
+
+    fn rope_write(
+        &mut self,
+        step: &CudaStep,
+        layer: usize,
+        heads: Heads,
+        qkv: &mut Rows,
+        kv: &mut Kv,
+    ) -> Result<(), DeviceError> {
+        assert_eq!(qkv.width, heads.qkv_width());
+        let [keys, values] = kv.layer(layer);
+        let mut arguments = [
+            (&qkv.memory).into(),
+            keys.into(),
+            values.into(),
+            (&self.turns).into(),
+            step.on_gpu.places.into(),
+            (heads.n_q as u32).into(),
+            (heads.n_kv as u32).into(),
+            (heads.dim as u32).into(),
+            (kv.shape.block_tokens as u32).into(),
+        ];
+        let pairs = (heads.n_q + 2 * heads.n_kv) * heads.dim / 2;
+        let grid = [
+            step.n_rows() as u32,
+            pairs.div_ceil(2 * THREADS as usize) as u32,
+            1,
+        ];
+        // SAFETY: the parameters of `rope_write`; places were checked against the pool, and differ between rows.
+        unsafe {
+            self.gpu
+                .launch(&self.kernels.rope_write, grid, [THREADS, 1, 1], 0, &mut arguments)
+        }
+    }
+
+    fn attention(
+        &mut self,
+        step: &CudaStep,
+        layer: usize,
+        heads: Heads,
+        qkv: &Rows,
+        kv: &Kv,
+        out: &mut Rows,
+    ) -> Result<(), DeviceError> {
+        assert!(qkv.width == heads.qkv_width() && out.width == heads.n_q * heads.dim);
+        let on = (&*self.gpu, &self.kernels);
+        self.attention.attend(on, step, layer, qkv, kv, out)
+    }
+
+    fn silu_mul(&mut self, step: &CudaStep, gate_up: &Rows, out: &mut Rows) -> Result<(), DeviceError> {
+        let width = out.width;
+        assert_eq!(gate_up.width, 2 * width);
+        let mut arguments = [
+            (&gate_up.memory).into(),
+            (&out.memory).into(),
+            (width as u32).into(),
+            vectors(width).into(),
+        ];
+        let a_block = THREADS as usize * if vectors(width) == 1 { VECTOR } else { 1 };
+        let grid = [width.div_ceil(a_block) as u32, step.n_rows() as u32, 1];
+        // SAFETY: the parameters of `silu_mul`.
+        unsafe {
+            self.gpu
+                .launch(&self.kernels.silu_mul, grid, [THREADS, 1, 1], 0, &mut arguments)
+        }
+    }
+
+    fn reduce_add_norm(
+        &mut self,
+        step: &CudaStep,
+        partial: &Rows,
+        norm: &Norm<Vector>,
+        residual: &mut Rows,
+        normed: &mut Rows,
+    ) -> Result<(), DeviceError> {
+        assert_eq!(partial.width, residual.width);
+        if self.disturbed {
+            self.gpu.copy_in(residual.memory.address, &[1f32])?;
+            self.gpu.wait()?;
+        }
+        if let Some(comm) = &self.comm {
+            comm.sum(
+                partial.memory.address,
+                step.n_rows() * partial.width,
+                Numbers::Bf16,
+            )?;
+        }
+        self.add_norm(step, Some(partial), norm, residual, normed)
+    }
+
+    fn head_sample(
+        &mut self,
+        step: &CudaStep,
+        residual: &Rows,
+        normed: &Rows,
+        head: &Matrix,
+        split: &VocabSplit,
+    ) -> Result<Vec<HeadOut>, DeviceError> {
+        self.sample(step, residual, normed, head, split)
+    }
+}
+
+impl CudaDevice {
+    fn activations(&mut self, width: usize, number: usize) -> Result<Rows, DeviceError> {
+        // Zeros at first, so that nothing ever reads what another process left.
+        let memory = self
+            .gpu
+            .zeroed(self.spec.max_rows * width * number, "activations")?;
+        self.allocated.workspace += memory.bytes as u64;
+        Ok(Rows { width, memory })
+    }
+}

@@ -1,0 +1,498 @@
+//! The CUDA device against references, on a machine that has a GPU: `tests/gpu` runs these, and prints what they print.
+//!
+//! The references are transformers in fp32 (the committed goldens) and the CPU device, which is held to those goldens
+//! itself. A difference in bf16 is measured against the difference that transformers has in bf16, where a file of it
+//! is given; bounds without such a file are stated beside each check. Two checks break the computation on purpose, so
+//! that a bound that would let everything pass is seen.
+
+mod support;
+
+use std::{path::PathBuf, sync::Arc};
+
+use serde::Deserialize;
+use support::{
+    Engine, Outcome, Request, fixture,
+    goldens::{self, Goldens},
+};
+use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
+use swallow_worker::{
+    checkpoint::LlamaConfig,
+    device::cuda::GroupId,
+    group::{Group, GroupSpec, LoadProgress, Machine},
+    model::{Dummy, Weights},
+    sampling::SamplingParams,
+};
+
+/// How far |ours - fp32| may exceed |transformers in bf16 - fp32|.
+const TRIANGLE: f64 = 1.15;
+/// Bounds of |ours - fp32| without a file of transformers in bf16: mean and 99th percentile of log-probabilities.
+const MEAN: f64 = 0.03;
+const P99: f64 = 0.15;
+
+/// Standard deviation of attention's scores in models of formula weights.
+const QUERY_GAIN: f32 = 4.0;
+
+/// Bounds for such models, whose sharp attention makes more of bf16's rounding; what a wrong position does is ten times
+/// as much, as the last check shows.
+const SHARP: (f64, f64) = (0.08, 0.35);
+
+fn spec(machine: Machine) -> GroupSpec {
+    GroupSpec {
+        machine,
+        threads: std::thread::available_parallelism().map_or(2, usize::from),
+        n_blocks: 2048,
+        max_step_tokens: 2048,
+        max_model_len: 16_384,
+        ..support::spec(1)
+    }
+}
+
+/// A model of formula weights whose attention looks at few positions.
+fn dummy(heads: usize, kv_heads: usize, dim: usize) -> Weights {
+    let text = format!(
+        r#"{{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 512,
+            "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": {heads},
+            "num_key_value_heads": {kv_heads}, "head_dim": {dim}, "vocab_size": 2048,
+            "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+            "rope_scaling": {{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 2048}}, "tie_word_embeddings": false}}"#
+    );
+    let config = LlamaConfig::parse(std::path::Path::new("config.json"), text.as_bytes()).expect("a Llama");
+    Weights::Dummy(Arc::new(Dummy {
+        config,
+        query_gain: QUERY_GAIN,
+    }))
+}
+
+fn start(weights: impl Into<Weights>, spec: GroupSpec) -> Group {
+    Group::start(weights, spec, Arc::new(LoadProgress::default())).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Pseudo-random ids.
+fn ids(seed: u64, n: usize, vocab: u32) -> Vec<u32> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    (0..n).map(|_| random.u32(0..vocab)).collect()
+}
+
+/// A request that scores its prompt and generates one token.
+fn scored(prompt: Vec<u32>) -> Request {
+    Request {
+        prompt,
+        max_tokens: 1,
+        params: SamplingParams {
+            prompt_logprobs: Some(0),
+            ..SamplingParams::greedy()
+        },
+    }
+}
+
+fn logprobs(outcome: &Outcome) -> Vec<f64> {
+    outcome
+        .prompt_scores
+        .iter()
+        .map(|score| f64::from(score.logprob))
+        .collect()
+}
+
+/// Mean and 99th percentile of absolute differences.
+fn apart(got: &[f64], want: &[f64]) -> (f64, f64) {
+    assert_eq!(got.len(), want.len());
+    assert!(!got.is_empty());
+    let mut apart: Vec<f64> = got
+        .iter()
+        .zip(want)
+        .map(|(got, want)| (got - want).abs())
+        .collect();
+    assert!(apart.iter().all(|x| x.is_finite()));
+    apart.sort_unstable_by(f64::total_cmp);
+    let mean = apart.iter().sum::<f64>() / apart.len() as f64;
+    (mean, apart[(apart.len() * 99).div_ceil(100) - 1])
+}
+
+/// Prints a line of the table; whether the bound holds.
+fn row(what: &str, (mean, p99): (f64, f64), (mean_bound, p99_bound): (f64, f64)) -> bool {
+    let good = mean <= mean_bound && p99 <= p99_bound;
+    let verdict = if good { "ok" } else { "FAILED" };
+    println!("{what:<58} mean {mean:.5} <= {mean_bound:.5}   p99 {p99:.5} <= {p99_bound:.5}   {verdict}");
+    good
+}
+
+/// What transformers gives in bf16 on the goldens' sequences, one list a prompt; see `tests/gpu_reference.py`.
+#[derive(Deserialize)]
+struct Bf16(Vec<Vec<f64>>);
+
+fn transformers_bf16(name: &str) -> Option<Bf16> {
+    let folder = PathBuf::from(std::env::var_os("SWALLOW_GPU_REFERENCE")?);
+    let path = folder.join(format!("{name}.json"));
+    let text = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    Some(serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+}
+
+fn teacher_forced(name: &str, folder: &std::path::Path) -> bool {
+    let goldens: Goldens = goldens::read(name);
+    goldens.check_weights(folder);
+    let (requests, want): (Vec<Request>, Vec<Vec<f64>>) = goldens
+        .prompts
+        .iter()
+        .map(|golden| {
+            let prompt = golden
+                .prompt_ids
+                .iter()
+                .chain(&golden.output_ids)
+                .copied()
+                .collect();
+            let known = golden.prompt_logprobs[1..].iter().flatten();
+            (
+                scored(prompt),
+                known.chain(&golden.output_logprobs).copied().collect(),
+            )
+        })
+        .unzip();
+    let mut engine = Engine::start_with(folder, spec(Machine::Cuda), false);
+    let got: Vec<Vec<f64>> = engine.run(&requests, 0).iter().map(logprobs).collect();
+    let (got, want) = (got.concat(), want.concat());
+    let bounds = transformers_bf16(name).map(|Bf16(lists)| {
+        let theirs = apart(&lists.concat(), &want);
+        (TRIANGLE * theirs.0, TRIANGLE * theirs.1)
+    });
+    let against = if bounds.is_some() {
+        "1.15 x transformers in bf16"
+    } else {
+        "stated bound"
+    };
+    row(
+        &format!("{name}: {} log-probabilities, {against}", got.len()),
+        apart(&got, &want),
+        bounds.unwrap_or((MEAN, P99)),
+    )
+}
+
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn goldens_of_transformers() {
+    let mut good = teacher_forced("tiny", &fixture("tiny"));
+    good &= teacher_forced("odd", &fixture("odd"));
+    if let Some(folder) = goldens::cached("smollm2") {
+        good &= teacher_forced("smollm2", &folder);
+    } else {
+        println!("smollm2: not in the cache of models, left out");
+    }
+    assert!(good);
+}
+
+/// The shapes whose kernels differ: head sizes, and query heads that share keys.
+const SHAPES: [(usize, usize, usize); 5] = [(4, 1, 128), (8, 1, 128), (8, 8, 64), (9, 3, 64), (6, 2, 80)];
+
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn the_cpu_device() {
+    let mut good = true;
+    for (heads, kv_heads, dim) in SHAPES {
+        let requests: Vec<Request> = [1, 2, 15, 16, 17, 63, 64, 65, 129, 700, 3000]
+            .iter()
+            .map(|&n| scored(ids(n as u64, n, 2048)))
+            .collect();
+        let run = |machine| -> Vec<f64> {
+            let group = start(dummy(heads, kv_heads, dim), spec(machine));
+            let mut engine = Engine::of(group, spec(machine), false);
+            engine.run(&requests, 1).iter().flat_map(logprobs).collect()
+        };
+        let what = format!("{heads} heads, {kv_heads} of keys, {dim} numbers: GPU and CPU");
+        good &= row(&what, apart(&run(Machine::Cuda), &run(Machine::Cpu)), SHARP);
+    }
+    assert!(good);
+}
+
+/// Greedy generation, scored: decode steps of many sequences beside prefill chunks of others.
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn decoding_follows_the_scores_of_the_same_text() {
+    let mut good = true;
+    for (heads, kv_heads, dim) in SHAPES {
+        let group = start(dummy(heads, kv_heads, dim), spec(Machine::Cuda));
+        let mut engine = Engine::of(group, spec(Machine::Cuda), false);
+        let requests: Vec<Request> = (0..12)
+            .map(|i| Request {
+                prompt: ids(i, 5 + 97 * i as usize, 2048),
+                max_tokens: 40,
+                params: SamplingParams {
+                    logprobs: Some(0),
+                    ..SamplingParams::greedy()
+                },
+            })
+            .collect();
+        let outcomes = engine.run(&requests, 2);
+        let again: Vec<Request> = requests
+            .iter()
+            .zip(&outcomes)
+            .map(|(request, outcome)| scored([&request.prompt[..], &outcome.tokens].concat()))
+            .collect();
+        let forced = engine.run(&again, 0);
+        let (mut got, mut want) = (Vec::new(), Vec::new());
+        for ((request, outcome), forced) in requests.iter().zip(&outcomes).zip(&forced) {
+            got.extend(outcome.scores.iter().map(|score| f64::from(score.logprob)));
+            want.extend(&logprobs(forced)[request.prompt.len() - 1..]);
+        }
+        let what = format!("{heads} heads, {kv_heads} of keys, {dim} numbers: decoded and scored");
+        good &= row(&what, apart(&got, &want), (MEAN, P99));
+    }
+    assert!(good);
+}
+
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn chunks_prefixes_and_preemption() {
+    let spec = spec(Machine::Cuda);
+    let group = start(dummy(4, 1, 128), spec.clone());
+    let mut engine = Engine::of(group, spec.clone(), false);
+    let prompt = ids(7, 2000, 2048);
+    let whole = logprobs(&engine.run(&[scored(prompt.clone())], 0)[0]);
+    let mut good = true;
+    for chunk in [1024, 256, 128, 17] {
+        engine.reset(chunk, false);
+        let got = logprobs(&engine.run(&[scored(prompt.clone())], 0)[0]);
+        good &= row(
+            &format!("chunks of {chunk} and whole"),
+            apart(&got, &whole),
+            (MEAN, P99),
+        );
+    }
+    engine.reset(2048, false);
+    let others: Vec<Request> = (1..8)
+        .map(|i| scored(ids(100 + i, 90 * i as usize, 2048)))
+        .collect();
+    let mixed = [&[scored(prompt.clone())][..], &others].concat();
+    let got = logprobs(&engine.run(&mixed, 1)[0]);
+    good &= row("in steps with others and alone", apart(&got, &whole), (MEAN, P99));
+
+    // A prefix that is there already: the scores of what is generated after it.
+    let generate = |prompt: &[u32]| Request {
+        prompt: prompt.to_vec(),
+        max_tokens: 30,
+        params: SamplingParams {
+            logprobs: Some(0),
+            ..SamplingParams::greedy()
+        },
+    };
+    let scores = |outcome: &Outcome| -> Vec<f64> {
+        outcome
+            .scores
+            .iter()
+            .map(|score| f64::from(score.logprob))
+            .collect()
+    };
+    engine.reset(2048, true);
+    let cold = engine.run(&[generate(&prompt)], 0).remove(0);
+    let warm = engine.run(&[generate(&prompt)], 0).remove(0);
+    assert!(warm.cached_tokens >= 1900, "{} cached", warm.cached_tokens);
+    good &= compare_generated("a prefix that is there and a cold one", &warm, &cold, &scores);
+
+    // Too few blocks for all: some are preempted and computed again.
+    let tight = GroupSpec {
+        n_blocks: 150,
+        ..spec
+    };
+    let mut engine = Engine::of(start(dummy(4, 1, 128), tight.clone()), tight, false);
+    let requests: Vec<Request> = (0..6).map(|i| generate(&ids(300 + i, 380, 2048))).collect();
+    let crowded = engine.run(&requests, 0);
+    for (request, crowded) in requests.iter().zip(&crowded) {
+        let alone = engine.run(std::slice::from_ref(request), 0).remove(0);
+        good &= compare_generated("crowded and alone", crowded, &alone, &scores);
+    }
+    assert!(good);
+}
+
+/// Compares up to where near-equal tokens send the two different ways.
+fn compare_generated(
+    what: &str,
+    got: &Outcome,
+    want: &Outcome,
+    scores: &impl Fn(&Outcome) -> Vec<f64>,
+) -> bool {
+    let same = got
+        .tokens
+        .iter()
+        .zip(&want.tokens)
+        .take_while(|(a, b)| a == b)
+        .count();
+    assert!(same > 0, "{what}: the first token differs");
+    row(
+        &format!("{what}: {same} of {} tokens", want.tokens.len()),
+        apart(&scores(got)[..same], &scores(want)[..same]),
+        (MEAN, P99),
+    )
+}
+
+/// The same steps give the same bits.
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn a_hundred_runs_of_one_batch_are_equal() {
+    let group = start(dummy(8, 1, 128), spec(Machine::Cuda));
+    let mut engine = Engine::of(group, spec(Machine::Cuda), false);
+    let requests: Vec<Request> = (0..8)
+        .map(|i| scored(ids(i, 10 + 61 * i as usize, 2048)))
+        .collect();
+    let first = engine.run(&requests, 0);
+    for _ in 1..100 {
+        assert_eq!(engine.run(&requests, 0), first);
+    }
+    println!("100 runs of a batch of 8: equal bits");
+}
+
+/// Draws at temperature 1 against the distribution that the CPU device computes; where only the likeliest may be drawn,
+/// against that of the GPU, since rounding decides which of near-equal tokens is the last of them.
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn draws_follow_the_distribution() {
+    const DRAWS: usize = 4000;
+    let prompt = ids(9, 50, 2048);
+    let request = |seed: u64, params: SamplingParams| Request {
+        prompt: prompt.clone(),
+        max_tokens: 1,
+        params: SamplingParams { seed, ..params },
+    };
+    let weights = dummy(4, 1, 128);
+    let mut cpu = Engine::of(
+        start(weights.clone(), spec(Machine::Cpu)),
+        spec(Machine::Cpu),
+        false,
+    );
+    let all = SamplingParams {
+        logprobs: Some(2048),
+        ..SamplingParams::greedy()
+    };
+    let top = |engine: &mut Engine| {
+        engine
+            .run(&[request(0, all.clone())], 0)
+            .remove(0)
+            .scores
+            .remove(0)
+            .top
+    };
+    let exact = top(&mut cpu);
+    let mut gpu = Engine::of(start(weights, spec(Machine::Cuda)), spec(Machine::Cuda), true);
+    let own = top(&mut gpu);
+    for (name, top_k, kept, top) in [("everything", 0, 2048, exact), ("the 20 likeliest", 20, 20, own)] {
+        let params = SamplingParams {
+            temperature: 1.0,
+            top_k,
+            ..SamplingParams::greedy()
+        };
+        let requests: Vec<Request> = (0..DRAWS as u64)
+            .map(|seed| request(seed, params.clone()))
+            .collect();
+        let mut counts = vec![0u32; 2048];
+        for some in requests.chunks(1000) {
+            for outcome in gpu.run(some, 0) {
+                counts[outcome.tokens[0] as usize] += 1;
+            }
+        }
+        let total: f64 = top[..kept]
+            .iter()
+            .map(|(_, logprob)| f64::from(*logprob).exp())
+            .sum();
+        // Tokens expected at least ten times are cells of their own, the others one together.
+        let (mut cells, mut rest) = (Vec::new(), (0.0, 0.0));
+        for (id, logprob) in &top[..kept] {
+            let expected = f64::from(*logprob).exp() / total * DRAWS as f64;
+            let seen = f64::from(counts[*id as usize]);
+            if expected >= 10.0 {
+                cells.push((seen, expected));
+            } else {
+                rest = (rest.0 + seen, rest.1 + expected);
+            }
+        }
+        cells.push(rest);
+        let seen: f64 = cells.iter().map(|cell| cell.0).sum();
+        assert_eq!(seen as usize, DRAWS, "{name}: nothing else is drawn");
+        let chi: f64 = cells
+            .iter()
+            .filter(|cell| cell.1 > 0.0)
+            .map(|(seen, expected)| (seen - expected).powi(2) / expected)
+            .sum();
+        let freedom = cells.len() as f64 - 1.0;
+        // Wilson and Hilferty's approximation of the 99.99th percentile.
+        let bound = freedom * (1.0 - 2.0 / (9.0 * freedom) + 3.719 * (2.0 / (9.0 * freedom)).sqrt()).powi(3);
+        println!(
+            "{DRAWS} draws of {name}: chi-square {chi:.1} <= {bound:.1} with {freedom} degrees of freedom"
+        );
+        assert!(chi <= bound, "{name}");
+    }
+}
+
+/// Log-probabilities of the second half of a text, computed in two steps; the second step's block table goes through
+/// `change` first.
+fn in_two_steps(group: &mut Group, prompt: &[u32], change: impl FnOnce(&mut Vec<BlockId>)) -> Vec<f64> {
+    let (seq, half) = (SeqId(1), prompt.len() / 2);
+    let params = SamplingParams {
+        prompt_logprobs: Some(0),
+        ..SamplingParams::greedy()
+    };
+    group.admit(seq, params, prompt.into());
+    let blocks = |n: usize| (0..n.div_ceil(16) as u32).map(BlockId).collect::<Vec<_>>();
+    let mut later = blocks(prompt.len());
+    change(&mut later);
+    let mut run = |id, start: usize, end: usize, blocks| {
+        let work = Work {
+            seq,
+            slot: Slot(0),
+            start: start as u32,
+            input: Input::Tokens(prompt[start..end].to_vec()),
+            blocks,
+            sample: None,
+            prompt_logprobs: true,
+        };
+        let step = Step {
+            id: StepId(id),
+            works: vec![work],
+        };
+        group
+            .run(&step)
+            .unwrap_or_else(|error| panic!("{error}"))
+            .prompt_scores
+    };
+    run(1, 0, half, blocks(half));
+    let scores = run(2, half, prompt.len(), later);
+    group.retire(seq);
+    scores[0]
+        .scores
+        .iter()
+        .map(|score| f64::from(score.logprob))
+        .collect()
+}
+
+/// What a group of several GPUs needs is found and new enough, also where there is one GPU.
+#[test]
+#[ignore = "needs NCCL; tests/gpu runs it"]
+fn ranks_could_meet() {
+    if let Err(error) = GroupId::new() {
+        panic!("{error}");
+    }
+    println!("NCCL opened");
+}
+
+/// The checks have teeth: each of these computations is a little wrong, and none is within the bounds.
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn wrong_computations_are_far_out_of_bounds() {
+    let mut group = start(dummy(4, 1, 128), spec(Machine::Cuda));
+    let prompt = ids(11, 256, 2048);
+    let right = in_two_steps(&mut group, &prompt, |_| {});
+    // Keys carry their positions, so the order of blocks that are seen whole does not matter, but what they hold does.
+    let mistaken = in_two_steps(&mut group, &prompt, |blocks| blocks[3] = blocks[2]);
+    let mut shorter = prompt.clone();
+    shorter.remove(20);
+    let dropped = in_two_steps(&mut group, &shorter, |_| {});
+    let tail = |x: &[f64]| x[x.len() - 100..].to_vec();
+    for (what, wrong) in [
+        ("one block taken for another", mistaken),
+        ("one position dropped", dropped),
+    ] {
+        let apart = apart(&tail(&wrong), &tail(&right));
+        println!("{what}: mean {:.3}, p99 {:.3}", apart.0, apart.1);
+        assert!(
+            apart.0 > 3.0 * SHARP.0 && apart.1 > 3.0 * SHARP.1,
+            "{what} is not seen"
+        );
+    }
+}
