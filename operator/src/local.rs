@@ -8,7 +8,6 @@
 mod group;
 mod ports;
 mod prepare;
-mod probe;
 mod process;
 mod router;
 mod tell;
@@ -26,8 +25,8 @@ use tokio::{
 };
 
 use crate::file::Errors;
+use crate::probe::Probes;
 use prepare::Prepared;
-use probe::Probes;
 use tell::Teller;
 use world::World;
 

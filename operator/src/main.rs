@@ -1,14 +1,18 @@
 //! Carries out plans for SwallowModels. What should happen is decided in `swallow_plan`; here it is read, shown or done.
 
+mod controller;
 mod file;
 mod local;
+mod probe;
 mod render;
+mod worker;
 
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use swallow_plan::Images;
 
+use controller::RunArgs;
 use local::LocalArgs;
 
 /// Serves Swallow models: turns SwallowModel files into tensor-parallel workers behind a router.
@@ -27,6 +31,8 @@ enum Command {
     Plan(PlanArgs),
     /// Serve SwallowModels as processes on this machine, bound to loopback, until Ctrl-C or SIGTERM
     Local(LocalArgs),
+    /// Carry out the plans of a cluster's SwallowModels, until SIGTERM
+    Run(RunArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -49,12 +55,14 @@ fn main() -> ExitCode {
             let images = Images {
                 worker: args.worker_image,
                 router: args.router_image,
+                ..Images::default()
             };
             file::read(&args.file)
                 .and_then(|models| render::plan(&models, &images))
                 .and_then(|text| render::print(&text))
         }
         Command::Local(args) => local::run(args),
+        Command::Run(args) => controller::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,7 +15,7 @@ use swallow_plan::{
     model::{Device, SwallowModel, crd_value},
     objects, plan as decide, validate,
 };
-use swallow_proto::launch::ReplicaAddress;
+use swallow_proto::launch::DiscoverTarget;
 
 use crate::file::{Errors, model_name, shape};
 
@@ -83,17 +83,18 @@ struct Routers(BTreeMap<(String, String), SharedRouter>);
 struct SharedRouter {
     first: Valid,
     launch: RouterLaunch,
-    replicas: Vec<ReplicaAddress>,
+    targets: Vec<DiscoverTarget>,
 }
 
 impl Routers {
     fn add(&mut self, valid: &Valid, launch: RouterLaunch) -> Result<(), String> {
         let key = (valid.namespace.clone(), launch.name.clone());
-        let Some(shared) = self.0.get(&key) else {
+        let target = objects::discover_target(valid);
+        let Some(shared) = self.0.get_mut(&key) else {
             let first = SharedRouter {
                 first: valid.clone(),
                 launch,
-                replicas: Vec::new(),
+                targets: vec![target],
             };
             self.0.insert(key, first);
             return Ok(());
@@ -108,6 +109,7 @@ impl Routers {
             && launch.args.max_queued_bytes == shared.launch.args.max_queued_bytes
             && launch.args.max_queue_seconds == shared.launch.args.max_queue_seconds;
         if limits_agree && args == shared.launch {
+            shared.targets.push(target);
             return Ok(());
         }
         Err(format!(
@@ -118,7 +120,7 @@ impl Routers {
 
     fn write(&self, text: &mut String) {
         for shared in self.0.values() {
-            for object in objects::router_objects(&shared.first, &shared.launch, &shared.replicas) {
+            for object in objects::router_objects(&shared.first, &shared.launch, &shared.targets) {
                 document(text, &object);
             }
         }
@@ -143,21 +145,13 @@ fn carry_out(action: Action, valid: &Valid, text: &mut String, routers: &mut Rou
         }
         Action::CreateGroup { group, .. } => {
             document(text, &objects::plain(&objects::pod(valid, &group)));
-            let name = valid
-                .spec
-                .router
-                .name
-                .clone()
-                .unwrap_or_else(|| format!("{}-router", valid.name));
-            if let Some(shared) = routers.0.get_mut(&(valid.namespace.clone(), name)) {
-                shared.replicas.push(objects::worker_address(valid, &group.name));
-            }
         }
         // An empty cluster has nothing to drain, fail or remove.
         Action::RemoveRouter { .. }
         | Action::DrainGroup { .. }
         | Action::FailGroup { .. }
-        | Action::DeleteGroup { .. } => {}
+        | Action::DeleteGroup { .. }
+        | Action::ForgetRevision { .. } => {}
     }
 }
 

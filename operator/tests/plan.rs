@@ -156,7 +156,7 @@ fn models_with_one_router_name_share_it() {
     assert_eq!(routers.len(), 1);
     let args = routers[0]["spec"]["template"]["spec"]["containers"][0]["args"].to_string();
     assert!(
-        args.contains("--replica=a=a-") && args.contains("--replica=b=b-"),
+        args.contains("--discover=a=a-worker") && args.contains("--discover=b=b-worker"),
         "{args}"
     );
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde_json::Value;
+
 use crate::{
     launch::{GroupLaunch, RouterLaunch},
     model::GroupReason,
@@ -12,7 +14,9 @@ use crate::{
 pub enum Action {
     /// Bring accounts, services and disruption budget to what `objects::surroundings` renders.
     ApplySurroundings {
-        /// To be stored with them and shown as `Observed::surroundings`.
+        /// The objects in their order, with the fingerprint in `labels::APPLIED`.
+        objects: Vec<Value>,
+        /// Shown as `Observed::surroundings` afterwards.
         fingerprint: String,
         /// Why now.
         why: Why,
@@ -21,7 +25,9 @@ pub enum Action {
     ApplyRouter {
         /// The form.
         router: Box<RouterLaunch>,
-        /// To be stored with it and shown as `SeenRouter::fingerprint`.
+        /// The objects in their order, owned by all models that share it, with the fingerprint in `labels::APPLIED`.
+        objects: Vec<Value>,
+        /// Shown as `SeenRouter::fingerprint` afterwards.
         fingerprint: String,
         /// Why now.
         why: Why,
@@ -58,6 +64,15 @@ pub enum Action {
     DeleteGroup {
         /// The group.
         group: GroupRef,
+        /// Why now.
+        why: Why,
+    },
+    /// Remove the record of a revision that no group is of.
+    ForgetRevision {
+        /// The name of the record.
+        name: String,
+        /// Precondition of its removal.
+        uid: String,
         /// Why now.
         why: Why,
     },
@@ -183,7 +198,8 @@ impl Action {
             | Action::CreateGroup { why, .. }
             | Action::DrainGroup { why, .. }
             | Action::FailGroup { why, .. }
-            | Action::DeleteGroup { why, .. } => why,
+            | Action::DeleteGroup { why, .. }
+            | Action::ForgetRevision { why, .. } => why,
         }
     }
 
@@ -197,6 +213,7 @@ impl Action {
             Action::DrainGroup { .. } => "DrainGroup",
             Action::FailGroup { .. } => "FailGroup",
             Action::DeleteGroup { .. } => "DeleteGroup",
+            Action::ForgetRevision { .. } => "ForgetRevision",
         }
     }
 

@@ -3,10 +3,12 @@
 //! Paths and addresses are those inside a pod; who starts local processes puts its own in their place.
 
 use core::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 use swallow_proto::launch::{
-    DeviceKind, Dtype, GenerationDefaults, LogFormat, PrefixCache, RouterArgs, WorkerArgs,
+    DeviceKind, Dtype, FetchArgs, GenerationDefaults, HUGGING_FACE, LogFormat, PrefixCache, ProgressFormat,
+    RouterArgs, WorkerArgs,
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -140,22 +142,17 @@ impl FetchLaunch {
         format!("{}/{}", self.repo.replace('/', "--"), self.revision)
     }
 
-    /// The command line of `swallow-worker` after the program's name.
-    pub fn argv(&self, out: &str, token_file: Option<&str>) -> Vec<String> {
-        let mut argv = vec![
-            "fetch".to_owned(),
-            format!("--repo={}", self.repo),
-            format!("--revision={}", self.revision),
-            format!("--out={out}"),
-            "--progress=json".to_owned(),
-        ];
-        argv.extend(
-            self.endpoint
-                .as_ref()
-                .map(|endpoint| format!("--endpoint={endpoint}")),
-        );
-        argv.extend(token_file.map(|file| format!("--token-file={file}")));
-        argv
+    /// What the worker's program is started with to bring the files to `out`.
+    pub fn args(&self, out: impl Into<PathBuf>, token_file: Option<PathBuf>) -> FetchArgs {
+        FetchArgs {
+            repo: self.repo.clone(),
+            revision: self.revision.clone(),
+            endpoint: self.endpoint.clone().unwrap_or_else(|| HUGGING_FACE.to_owned()),
+            out: out.into(),
+            token_file,
+            ca_file: None,
+            progress: ProgressFormat::Json,
+        }
     }
 }
 
@@ -170,6 +167,8 @@ pub struct RouterLaunch {
     pub replicas: i32,
     /// The router's container image.
     pub image: String,
+    /// The ClusterRole that lets its pods read EndpointSlices.
+    pub cluster_role: String,
     /// CPU and memory.
     pub resources: Resources,
     /// Who can reach its Service.
@@ -205,6 +204,7 @@ pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
         max_step_tokens: engine.max_step_tokens,
         block_tokens: BLOCK_TOKENS,
         kv_bytes: valid.kv_bytes,
+        device_memory_percent: None,
         prefix_cache: match engine.prefix_cache {
             EnginePrefixCache::Enabled => PrefixCache::On,
             EnginePrefixCache::Disabled => PrefixCache::Off,
@@ -233,6 +233,14 @@ pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
     }
 }
 
+/// The name of the router that stands before a model; models of one namespace that name the same share it.
+pub fn router_name(spec: &SwallowModelSpec, model: &str) -> String {
+    spec.router
+        .name
+        .clone()
+        .unwrap_or_else(|| format!("{model}-router"))
+}
+
 /// The router that stands before this model.
 pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
     let router = &valid.spec.router;
@@ -240,28 +248,31 @@ pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
         grpc_listen: anywhere(ROUTER_GRPC_PORT),
         http_listen: anywhere(ROUTER_HTTP_PORT),
         replicas: Vec::new(),
+        discover: Vec::new(),
+        namespace: None,
         max_queued_requests: router.limits.max_queued_requests,
         max_queued_tokens: router.limits.max_queued_tokens,
         max_queued_bytes: valid.max_queued_bytes,
         max_queue_seconds: router.limits.max_queue_seconds,
         max_body_bytes: ROUTER_BODY_BYTES_MAX,
+        shutdown_delay_seconds: ROUTER_SHUTDOWN_DELAY_SECONDS,
         drain_timeout_seconds: valid.spec.drain.timeout_seconds,
         log_format: LogFormat::Json,
     };
     RouterLaunch {
-        name: router
-            .name
-            .clone()
-            .unwrap_or_else(|| format!("{}-router", valid.name)),
+        name: router_name(&valid.spec, &valid.name),
         args,
         replicas: router.replicas,
         image: router.image.clone().unwrap_or_else(|| images.router.clone()),
+        cluster_role: images.router_role.clone(),
         resources: router.resources.clone(),
         service_type: router.service_type,
         pull_secrets: pull_secrets(&valid.spec),
     }
 }
 
+/// What every node's kube-proxy has to hear that a router's pod leaves; a new request in that time is still served.
+const ROUTER_SHUTDOWN_DELAY_SECONDS: u32 = 5;
 /// Largest request body or message: a prompt of a million tokens fits.
 const ROUTER_BODY_BYTES_MAX: u32 = 8 << 20;
 
@@ -442,15 +453,15 @@ mod tests {
         };
         assert_ne!(fetch("a").folder(), fetch("b").folder());
         assert_eq!(
-            fetch("a").argv("/cache/x", Some("/t")),
+            fetch("a").args("/cache/x", Some("/t".into())).argv(),
             [
                 "fetch",
                 "--repo=owner/name",
                 &format!("--revision={}", "a".repeat(40)),
-                "--out=/cache/x",
-                "--progress=json",
                 "--endpoint=http://mirror:8080/hf",
+                "--out=/cache/x",
                 "--token-file=/t",
+                "--progress=json",
             ]
         );
     }

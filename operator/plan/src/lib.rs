@@ -14,6 +14,7 @@ pub mod objects;
 mod observed;
 mod recovery;
 mod rollout;
+mod sharing;
 mod status;
 pub mod topology;
 mod validate;
@@ -21,7 +22,10 @@ mod validate;
 pub use action::{Action, GroupRef, Why};
 pub use k8s_openapi::jiff::Timestamp;
 pub use notes::{Note, NoteKind};
-pub use observed::{Failure, Images, Observed, Phase, Progress, SeenGroup, SeenRouter};
+pub use observed::{
+    CreateRefused, Failure, Images, Observed, Phase, Progress, SeenGroup, SeenRevision, SeenRouter,
+};
+pub use sharing::Peer;
 pub use validate::{Refused, Valid, validate};
 
 use model::{SwallowModel, SwallowModelStatus};
@@ -50,8 +54,12 @@ pub fn plan(model: &SwallowModel, seen: &Observed, now: Timestamp) -> Plan {
     if model.metadata.deletion_timestamp.is_some() {
         rollout::leave(seen, &mut decided);
     } else if let Ok(valid) = &verdict {
-        rollout::surroundings(valid, seen, &mut decided);
+        let created = model.metadata.creation_timestamp.as_ref().map(|time| time.0);
+        let shared = sharing::Shared::new(valid, created, &seen.peers);
+        decided.router_disagreement = shared.disagreement();
+        rollout::surroundings(valid, seen, &shared, &mut decided);
         rollout::groups(valid, &census, &seen.images, now, &mut decided);
+        rollout::forget_revisions(valid, seen, &mut decided);
     }
     let status = status::tell(model, &verdict, seen, &census, &decided, now);
     let notes = notes::between(model.status.as_ref(), &status, &decided.actions);

@@ -9,8 +9,8 @@ mod pod;
 mod router;
 mod surroundings;
 
-pub use pod::{pod, worker_address};
-pub use router::{deployment, service};
+pub use pod::{Unusable, from_record, pod, record};
+pub use router::{deployment, discover_target, service};
 pub use surroundings::{disruption_budget, worker_account, worker_service};
 
 use std::collections::BTreeMap;
@@ -26,7 +26,7 @@ use k8s_openapi::{
 };
 use serde::Serialize;
 use serde_json::Value;
-use swallow_proto::launch::ReplicaAddress;
+use swallow_proto::launch::DiscoverTarget;
 
 use crate::{
     Valid,
@@ -48,18 +48,20 @@ pub fn surroundings_value(valid: &Valid) -> Value {
     ])
 }
 
-/// The router of a model, without replicas, in the order in which it should be applied.
-pub fn router_value(valid: &Valid, router: &RouterLaunch) -> Value {
-    Value::Array(router_objects(valid, router, &[]))
-}
-
-/// The router of a model with the replicas that it sends to.
-pub fn router_objects(valid: &Valid, router: &RouterLaunch, replicas: &[ReplicaAddress]) -> Vec<Value> {
+/// A router with all models that it stands before, in the order in which it should be applied.
+pub fn router_objects(valid: &Valid, router: &RouterLaunch, targets: &[DiscoverTarget]) -> Vec<Value> {
     vec![
         plain(&router::account(valid, router)),
-        plain(&deployment(valid, router, replicas)),
+        plain(&router::role_binding(valid, router)),
+        plain(&deployment(valid, router, targets)),
         plain(&service(valid, router)),
     ]
+}
+
+/// The object with its fingerprint.
+pub(crate) fn marked(mut object: Value, fingerprint: &str) -> Value {
+    object["metadata"]["annotations"][labels::APPLIED] = Value::from(fingerprint);
+    object
 }
 
 /// An object as plain data.

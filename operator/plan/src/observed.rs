@@ -1,6 +1,8 @@
 //! What was seen of the world, as plain data. The shell fills it; the plan reads it.
 
-use crate::{Timestamp, model::GroupReason, topology::Shape};
+use serde_json::Value;
+
+use crate::{Peer, Timestamp, model::GroupReason, topology::Shape};
 
 /// Everything that a plan for one model depends on, apart from the model itself.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -9,6 +11,12 @@ pub struct Observed {
     pub groups: Vec<SeenGroup>,
     /// The model's router, if it exists.
     pub router: Option<SeenRouter>,
+    /// Other valid models of the namespace that are not being deleted.
+    pub peers: Vec<Peer>,
+    /// The model's revisions on record.
+    pub revisions: Vec<SeenRevision>,
+    /// What the API server said when it last refused to create a group, if it did.
+    pub create_refused: Option<CreateRefused>,
     /// Fingerprint of the surroundings (accounts, services, disruption budget) last applied, if they exist.
     pub surroundings: Option<String>,
     /// The model's size as its config.json gives it, where the shell could read it.
@@ -17,13 +25,15 @@ pub struct Observed {
     pub images: Images,
 }
 
-/// Default container images.
+/// Default container images, and what else the installation decides for all models.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Images {
     /// Of workers.
     pub worker: String,
     /// Of routers.
     pub router: String,
+    /// Not an image: the ClusterRole that routers are bound to in their namespace, to read EndpointSlices.
+    pub router_role: String,
 }
 
 impl Default for Images {
@@ -32,8 +42,33 @@ impl Default for Images {
         Self {
             worker: tagged("swallow-worker"),
             router: tagged("swallow-router"),
+            router_role: "swallow-router".to_owned(),
         }
     }
+}
+
+/// A revision on record: how its groups were rendered first, and are ever after.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SeenRevision {
+    /// The name of its record.
+    pub name: String,
+    /// Precondition of its removal.
+    pub uid: String,
+    /// The revision.
+    pub revision: String,
+    /// Counts up with each new revision of a model.
+    pub number: i64,
+    /// The pod, as `objects::record` made it.
+    pub record: Value,
+}
+
+/// Why a group could not be created.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateRefused {
+    /// The revision of the group.
+    pub revision: String,
+    /// In the API server's words.
+    pub message: String,
 }
 
 /// One group as it was seen.

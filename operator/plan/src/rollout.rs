@@ -12,16 +12,20 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    Action, GroupRef, Images, Observed, Phase, SeenGroup, Timestamp, Valid, Why, after,
+    Action, GroupRef, Images, Observed, Phase, SeenGroup, SeenRevision, Timestamp, Valid, Why, after,
     census::Census,
     launch::{self, GroupLaunch, GroupTemplate},
     model::GroupReason,
     objects,
     recovery::{Judgement, judge},
+    sharing::Shared,
 };
 
 /// How long a group may wait for room before it counts as having none: schedulers and autoscalers take a moment.
 const ROOM_PATIENCE_SECONDS: u32 = 15;
+
+/// Records of past revisions that are kept.
+const REVISIONS_KEPT: usize = 3;
 
 /// What was decided so far.
 #[derive(Debug, Default)]
@@ -32,6 +36,8 @@ pub(crate) struct Decided {
     pub quarantined: BTreeSet<String>,
     /// A group waits for room that a rollout may not make.
     pub no_room: bool,
+    /// Why the router is not as this model asks.
+    pub router_disagreement: Option<String>,
 }
 
 impl Decided {
@@ -42,7 +48,9 @@ impl Decided {
 
 /// The model is being deleted: its router goes first, so that streams end in good order, then its groups.
 pub(crate) fn leave(seen: &Observed, decided: &mut Decided) {
-    if let Some(router) = &seen.router {
+    // A router that others share stays; they take this model out of it.
+    let shared = !seen.peers.is_empty();
+    if let Some(router) = seen.router.as_ref().filter(|_| !shared) {
         if !router.leaving {
             decided.actions.push(Action::RemoveRouter {
                 why: Why::ModelDeleted,
@@ -56,17 +64,22 @@ pub(crate) fn leave(seen: &Observed, decided: &mut Decided) {
 }
 
 /// The router and what surrounds the groups; both outlive suspension.
-pub(crate) fn surroundings(valid: &Valid, seen: &Observed, decided: &mut Decided) {
+pub(crate) fn surroundings(valid: &Valid, seen: &Observed, shared: &Shared<'_>, decided: &mut Decided) {
     let why = |exists: bool| if exists { Why::Changed } else { Why::Absent };
-    let fingerprint = launch::fingerprint(&objects::surroundings_value(valid));
+    let mut rendered = objects::surroundings_value(valid);
+    let fingerprint = launch::fingerprint(&rendered);
     if seen.surroundings.as_ref() != Some(&fingerprint) {
+        let objects = rendered.as_array_mut().map(std::mem::take).unwrap_or_default();
         decided.actions.push(Action::ApplySurroundings {
+            objects: objects
+                .into_iter()
+                .map(|object| objects::marked(object, &fingerprint))
+                .collect(),
             fingerprint,
             why: why(seen.surroundings.is_some()),
         });
     }
-    let router = launch::router(valid, &seen.images);
-    let fingerprint = launch::fingerprint(&objects::router_value(valid, &router));
+    let fingerprint = shared.fingerprint();
     if seen
         .router
         .as_ref()
@@ -74,9 +87,30 @@ pub(crate) fn surroundings(valid: &Valid, seen: &Observed, decided: &mut Decided
     {
         let why = why(seen.router.is_some());
         decided.actions.push(Action::ApplyRouter {
-            router: Box::new(router),
+            router: Box::new(shared.launch(&seen.images)),
+            objects: shared.objects(&seen.images),
             fingerprint,
             why,
+        });
+    }
+}
+
+/// Records of revisions that no group is of, beyond the newest few, which a user may go back to.
+pub(crate) fn forget_revisions(valid: &Valid, seen: &Observed, decided: &mut Decided) {
+    let used = |revision: &SeenRevision| {
+        revision.revision == valid.revision
+            || seen
+                .groups
+                .iter()
+                .any(|group| group.revision == revision.revision)
+    };
+    let mut unused: Vec<&SeenRevision> = seen.revisions.iter().filter(|revision| !used(revision)).collect();
+    unused.sort_by_key(|revision| std::cmp::Reverse(revision.number));
+    for revision in unused.into_iter().skip(REVISIONS_KEPT) {
+        decided.actions.push(Action::ForgetRevision {
+            name: revision.name.clone(),
+            uid: revision.uid.clone(),
+            why: Why::Superseded,
         });
     }
 }

@@ -247,6 +247,12 @@ impl Told<'_> {
         let want = self.model.spec.router.replicas;
         match &self.seen.router {
             None => fact("RouterReady", false, "Absent", ""),
+            Some(router) if router.ready > 0 && self.decided.router_disagreement.is_some() => fact(
+                "RouterReady",
+                true,
+                "SettingsDisagree",
+                self.decided.router_disagreement.clone().unwrap_or_default(),
+            ),
             Some(router) if router.ready == 0 => {
                 fact("RouterReady", false, "Starting", format!("0 of {want} ready"))
             }
@@ -395,6 +401,14 @@ impl Told<'_> {
             Err(Refused::Invalid(_)) => return ("InvalidSpec".into(), message),
             Err(Refused::DoesNotFit { .. }) => return ("NotEnoughMemory".into(), message),
             Ok(_) => {}
+        }
+        if let (Some(refused), Ok(valid)) = (&self.seen.create_refused, self.verdict)
+            && refused.revision == valid.revision
+        {
+            return (
+                "Refused".into(),
+                shortened(&format!("{message}; {}", refused.message)),
+            );
         }
         let weight = |group: &&GroupStatus| match (group.state, group.reason) {
             (GroupState::Quarantined, _) => 0,

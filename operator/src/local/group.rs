@@ -19,11 +19,10 @@ use super::{
     prepare::Slot,
     process::{Launch, Process, in_words, last_line},
 };
+use crate::worker::{Told, why_ended};
 
 /// What a process may take to end after its streams had their time.
 const GRACE_MARGIN: Duration = Duration::from_secs(15);
-/// Exit codes of a worker that was refused by its flags or its model's files: starting it again changes nothing.
-const HOPELESS: [i32; 2] = [2, 3];
 
 /// Where programs and files are.
 #[derive(Debug)]
@@ -195,22 +194,10 @@ impl Group {
         if !self.answers() || matches!(self.phase, Phase::Failed(_)) {
             return;
         }
-        let count = |path: &str| state.pointer(path).and_then(Value::as_u64).unwrap_or_default();
-        self.requests = u32::try_from(count("/load/running") + count("/load/waiting")).unwrap_or(u32::MAX);
-        let phase = match state["phase"].as_str() {
-            Some("loading") => Phase::Loading(Progress {
-                bytes_done: count("/progress/bytes_done"),
-                bytes_total: count("/progress/bytes_total"),
-                eta_seconds: state
-                    .pointer("/progress/eta_seconds")
-                    .and_then(Value::as_f64)
-                    .map(|eta| eta.ceil() as u64),
-            }),
-            Some("warming") => Phase::Warming,
-            Some("serving") => Phase::Serving,
-            // It ends soon, and how is told by its end.
-            _ => return,
-        };
+        let told = Told::read(state);
+        self.requests = told.requests;
+        // Without a phase it ends soon, and how is told by its end.
+        let Some(phase) = told.phase else { return };
         self.go_to(phase, now);
     }
 
@@ -249,12 +236,8 @@ impl Group {
         let ModelSource::Fetch { fetch, token, .. } = &self.launch.template.source else {
             return Err(io::Error::other("the source is no repository"));
         };
-        let out = self.args.model.display().to_string();
-        let token_file = token
-            .as_ref()
-            .and(places.token_file.as_ref())
-            .map(|file| file.display().to_string());
-        let argv = fetch.argv(&out, token_file.as_deref());
+        let token_file = token.as_ref().and(places.token_file.clone());
+        let argv = fetch.args(&self.args.model, token_file).argv();
         let output = Some(self.fetched.as_path());
         Process::start(&Launch {
             program: &places.worker,
@@ -330,15 +313,7 @@ impl Group {
             "" => in_words(status),
             words => words.to_owned(),
         };
-        let hopeless = status.code().is_some_and(|code| HOPELESS.contains(&code));
-        (
-            if hopeless {
-                GroupReason::BadCheckpoint
-            } else {
-                GroupReason::Crashed
-            },
-            message,
-        )
+        (why_ended(status.code()), message)
     }
 
     fn fail(&mut self, (reason, message): (GroupReason, String), now: Timestamp) {

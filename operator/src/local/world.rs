@@ -17,10 +17,12 @@ use swallow_proto::launch::{LogFormat, ReplicaAddress, RouterArgs};
 use super::{
     group::{Group, Places},
     prepare::{Logs, Prepared, PreparedModel},
-    probe::{Answer, Probes, Whom},
     router::Router,
 };
-use crate::file::{Errors, model_name};
+use crate::{
+    file::{Errors, model_name},
+    probe::{Answer, Probes, Whom},
+};
 
 /// Models with their groups, and the router before them.
 #[derive(Debug)]
@@ -65,6 +67,8 @@ impl World {
             grpc_listen: grpc.address(),
             http_listen: http.address(),
             replicas: models.iter().flat_map(addresses).collect(),
+            // Nothing here has to hear first that the router goes.
+            shutdown_delay_seconds: 0,
             log_format: LogFormat::Text,
             ..router.args
         };
@@ -145,6 +149,8 @@ impl World {
             surroundings: served.surroundings.clone(),
             shape: served.prepared.shape,
             images: Images::default(),
+            // The router before all models was agreed on before the start, and nothing is kept for later.
+            ..Observed::default()
         }
     }
 
@@ -167,6 +173,8 @@ impl World {
                 self.with(i, &group, |group| group.fail_with(reason, why.to_string(), now));
             }
             Action::DeleteGroup { group, .. } => self.with(i, &group, Group::delete),
+            // There are no records.
+            Action::ForgetRevision { .. } => {}
         }
     }
 

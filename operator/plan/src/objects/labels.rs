@@ -15,6 +15,13 @@ pub const ROUTER: &str = "serving.swallow.dev/router";
 /// Annotation: failures on record, RFC 3339 times joined by commas.
 pub const CRASHES: &str = "serving.swallow.dev/crashes";
 
+/// Annotation: a fingerprint of what was last applied.
+pub const APPLIED: &str = "serving.swallow.dev/applied";
+/// Annotation of a pod: it was ended by the plan, when and why, as JSON.
+pub const FAILED: &str = "serving.swallow.dev/failed";
+/// Selects everything that is made for models.
+pub const MANAGED: &str = "app.kubernetes.io/managed-by=swallow-operator";
+
 /// The name of what all workers of a model share.
 pub fn worker_name(model: &str) -> String {
     format!("{model}-worker")

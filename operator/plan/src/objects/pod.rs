@@ -10,10 +10,10 @@ use k8s_openapi::{
     },
     apimachinery::pkg::{api::resource::Quantity as KubeQuantity, apis::meta::v1::LabelSelector},
 };
-use swallow_proto::launch::ReplicaAddress;
+use serde_json::Value;
 
 use super::{
-    GRACE_MARGIN_SECONDS, container_security, labels, meta, pod_security, requirements,
+    GRACE_MARGIN_SECONDS, container_security, labels, meta, plain, pod_security, requirements,
     router::{container_port, readiness},
 };
 use crate::{
@@ -45,12 +45,56 @@ pub fn pod(valid: &Valid, group: &GroupLaunch) -> Pod {
     }
 }
 
-/// Where a router finds a group: the name that the headless service gives it.
-pub fn worker_address(valid: &Valid, group: &str) -> ReplicaAddress {
-    let service = labels::worker_name(&valid.name);
-    ReplicaAddress {
-        served_names: valid.served_names.clone(),
-        address: format!("{group}.{service}.{}.svc:{WORKER_GRPC_PORT}", valid.namespace),
+/// Stands in a record for the name of the group; no name of ours has capitals.
+const NAME: &str = "GROUP-NAME";
+
+/// How the groups of a revision are rendered, to be kept: a newer operator then makes further ones the same.
+pub fn record(valid: &Valid, group: &GroupLaunch) -> Value {
+    let anybody = GroupLaunch {
+        name: NAME.to_owned(),
+        index: 0,
+        crashes: Vec::new(),
+        retry: None,
+        replaces: None,
+        ..group.clone()
+    };
+    plain(&pod(valid, &anybody))
+}
+
+/// The record of a revision holds no pod.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the record of revision {revision} holds no pod ({source}): delete the ControllerRevision, and the next group makes a new one"
+)]
+pub struct Unusable {
+    revision: String,
+    source: serde_json::Error,
+}
+
+/// The pod of a group, rendered as its revision's record says.
+///
+/// # Errors
+/// The record is not one.
+pub fn from_record(record: &Value, group: &GroupLaunch) -> Result<Pod, Unusable> {
+    let mut named = record.clone();
+    rename(&mut named, &group.name);
+    let mut pod: Pod = serde_json::from_value(named).map_err(|source| Unusable {
+        revision: group.revision.clone(),
+        source,
+    })?;
+    let labels = pod.metadata.labels.get_or_insert_default();
+    labels.insert(labels::INDEX.into(), group.index.to_string());
+    let notes = annotations(group);
+    pod.metadata.annotations = (!notes.is_empty()).then_some(notes);
+    Ok(pod)
+}
+
+fn rename(value: &mut Value, name: &str) {
+    match value {
+        Value::String(text) if text.contains(NAME) => *text = text.replace(NAME, name),
+        Value::Array(items) => items.iter_mut().for_each(|item| rename(item, name)),
+        Value::Object(fields) => fields.values_mut().for_each(|field| rename(field, name)),
+        _ => {}
     }
 }
 
@@ -194,10 +238,14 @@ fn fetcher(image: &str, fetch: &FetchLaunch, with_token: bool) -> Container {
         name: "fetch".into(),
         image: Some(image.to_owned()),
         command: Some(vec!["swallow-worker".into()]),
-        args: Some(fetch.argv(
-            &format!("{CACHE_FOLDER}/{}", fetch.folder()),
-            token_file.as_deref(),
-        )),
+        args: Some(
+            fetch
+                .args(
+                    format!("{CACHE_FOLDER}/{}", fetch.folder()),
+                    token_file.map(Into::into),
+                )
+                .argv(),
+        ),
         security_context: Some(container_security()),
         termination_message_policy: Some("FallbackToLogsOnError".into()),
         volume_mounts: Some(mounts),

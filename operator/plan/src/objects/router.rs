@@ -1,4 +1,4 @@
-//! The router: a Deployment, a Service and an account.
+//! The router: a Deployment, a Service, and an account that may read in which pods its models' groups are.
 
 use k8s_openapi::{
     api::{
@@ -7,13 +7,14 @@ use k8s_openapi::{
             Container, ContainerPort, HTTPGetAction, LocalObjectReference, PodSpec, PodTemplateSpec, Probe,
             Service, ServiceAccount, ServiceSpec, TCPSocketAction,
         },
+        rbac::v1::{RoleBinding, RoleRef, Subject},
     },
     apimachinery::pkg::{
         apis::meta::v1::{LabelSelector, ObjectMeta},
         util::intstr::IntOrString,
     },
 };
-use swallow_proto::launch::{ReplicaAddress, RouterArgs};
+use swallow_proto::launch::{DiscoverTarget, GRPC_PORT_NAME, RouterArgs};
 
 use super::{
     GRACE_MARGIN_SECONDS, container_security, labels, meta, pod_security, requirements, surroundings::port,
@@ -24,7 +25,7 @@ use crate::{
     model::ServiceType,
 };
 
-/// The account of router pods.
+/// The account of router pods. Its token is mounted where the pod asks for it, and nowhere else.
 pub(super) fn account(valid: &Valid, router: &RouterLaunch) -> ServiceAccount {
     ServiceAccount {
         metadata: router_meta(valid, router),
@@ -33,10 +34,37 @@ pub(super) fn account(valid: &Valid, router: &RouterLaunch) -> ServiceAccount {
     }
 }
 
-/// The router's pods, sending to `replicas`.
-pub fn deployment(valid: &Valid, router: &RouterLaunch, replicas: &[ReplicaAddress]) -> Deployment {
+/// Lets the router's account read the EndpointSlices of its namespace.
+pub(super) fn role_binding(valid: &Valid, router: &RouterLaunch) -> RoleBinding {
+    RoleBinding {
+        metadata: router_meta(valid, router),
+        role_ref: RoleRef {
+            api_group: "rbac.authorization.k8s.io".into(),
+            kind: "ClusterRole".into(),
+            name: router.cluster_role.clone(),
+        },
+        subjects: Some(vec![Subject {
+            kind: "ServiceAccount".into(),
+            name: router.name.clone(),
+            namespace: Some(valid.namespace.clone()),
+            api_group: None,
+        }]),
+    }
+}
+
+/// How a router finds the groups of a model: by the headless service that they share.
+pub fn discover_target(valid: &Valid) -> DiscoverTarget {
+    DiscoverTarget {
+        served_names: valid.served_names.clone(),
+        service: labels::worker_name(&valid.name),
+        port_name: GRPC_PORT_NAME.to_owned(),
+    }
+}
+
+/// The router's pods, before the models of `targets`.
+pub fn deployment(valid: &Valid, router: &RouterLaunch, targets: &[DiscoverTarget]) -> Deployment {
     let args = RouterArgs {
-        replicas: replicas.to_vec(),
+        discover: targets.to_vec(),
         ..router.args.clone()
     };
     let selector = labels::of_router(&router.name);
@@ -106,10 +134,10 @@ fn pod_spec(router: &RouterLaunch, args: &RouterArgs) -> PodSpec {
         .collect();
     PodSpec {
         service_account_name: Some(router.name.clone()),
-        automount_service_account_token: Some(false),
+        automount_service_account_token: Some(true),
         enable_service_links: Some(false),
         security_context: Some(pod_security()),
-        termination_grace_period_seconds: Some((args.drain_timeout_seconds + GRACE_MARGIN_SECONDS).into()),
+        termination_grace_period_seconds: Some(grace_seconds(args)),
         image_pull_secrets: (!secrets.is_empty()).then_some(secrets),
         containers: vec![Container {
             name: "router".into(),
@@ -138,6 +166,13 @@ fn pod_spec(router: &RouterLaunch, args: &RouterArgs) -> PodSpec {
         }],
         ..PodSpec::default()
     }
+}
+
+/// What a router's pod may take to end.
+fn grace_seconds(args: &RouterArgs) -> i64 {
+    i64::from(args.shutdown_delay_seconds)
+        + i64::from(args.drain_timeout_seconds)
+        + i64::from(GRACE_MARGIN_SECONDS)
 }
 
 /// Ready means: `/readyz` says so, asked every two seconds.

@@ -130,6 +130,7 @@ impl World {
             Action::ApplySurroundings { fingerprint, .. } => self.surroundings = Some(fingerprint.clone()),
             Action::ApplyRouter { fingerprint, .. } => self.router = Some((fingerprint.clone(), self.now)),
             Action::RemoveRouter { .. } => self.router = None,
+            Action::ForgetRevision { .. } => {}
             Action::CreateGroup { group, .. } => {
                 assert!(
                     self.groups.iter().all(|other| other.seen.name != group.name),
