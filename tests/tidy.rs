@@ -298,4 +298,9 @@ fn the_generated_resource_is_fresh() {
         "the resource has {} bytes; kubectl apply needs it small",
         written.len()
     );
+    // A chart can only render files of its own folder.
+    assert!(
+        read(&root().join("charts/swallow/files/swallowmodels.yaml")) == written,
+        "the chart's copy is stale: cp deploy/crd/swallowmodels.yaml charts/swallow/files/"
+    );
 }
