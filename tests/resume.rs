@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use futures::{StreamExt, future::join_all};
 use nix::sys::signal::{Signal, kill};
 use swallow_rpc::inference::v1::{
-    GenerateRequest, LogprobOptions, SamplingParams, StopCriteria, StreamGenerateRequest,
+    GenerateRequest, LogprobOptions, SamplingParams, StopCriteria, StreamGenerateRequest, StreamOptions,
     generate_request::Prompt, generation_service_client::GenerationServiceClient,
     stream_generate_response::Event,
 };
@@ -49,7 +49,7 @@ fn request(prompt: &str, sampling: SamplingParams, candidates: u32, logprobs: bo
     };
     StreamGenerateRequest {
         generate: Some(generate),
-        stream: None,
+        stream: Some(StreamOptions { token_ids: true }),
     }
 }
 
@@ -144,7 +144,12 @@ async fn streams_of_a_killed_worker_go_on_bit_for_bit() {
     let (grpc, http) = local.ready();
     let undisturbed = read_all(&grpc, &watch::Sender::new(0)).await;
     for said in &undisturbed {
-        assert!(said.ids.values().all(|ids| ids.len() == TOKENS as usize));
+        let lengths: Vec<usize> = said.ids.values().map(Vec::len).collect();
+        assert!(
+            lengths.iter().all(|&n| n == TOKENS as usize),
+            "{lengths:?}, {:?}",
+            said.finished
+        );
     }
 
     let begun = watch::Sender::new(0);

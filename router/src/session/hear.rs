@@ -306,7 +306,9 @@ mod tests {
         let tickets = fleet.place(&choice, &asked);
         let link = Link::new((replica, "r".into()), (model, "m".into()));
         let flight = Flight::new(RequestId(1), model, ask(), Vec::new(), 100);
-        let handles = link.submit(&flight, 0, &flight.parts(), tickets).expect("it is open");
+        let handles = link
+            .submit(&flight, 0, &flight.parts(), tickets)
+            .expect("it is open");
 
         let frame = StepOutput {
             accepted: vec![Accepted {
