@@ -394,7 +394,7 @@ fn what_needs_a_cluster_is_refused() {
         (
             "device: CPU",
             "device: GPU",
-            "this build computes on CPU: set accelerator.device: CPU",
+            "local mode starts CPU workers alone: set accelerator.device: CPU",
         ),
         (
             "replicas: 2",

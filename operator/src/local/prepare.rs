@@ -173,7 +173,7 @@ fn check(model: &SwallowModel, has_token: bool) -> Result<(Valid, Option<Shape>)
     }
     if model.spec.accelerator.device == Device::GPU {
         return refuse(
-            "spec.accelerator.device: is GPU, and this build computes on CPU: set accelerator.device: CPU"
+            "spec.accelerator.device: is GPU, and local mode starts CPU workers alone: set accelerator.device: CPU"
                 .into(),
         );
     }

@@ -123,7 +123,7 @@ impl Output {
             .is_some_and(|open| std::mem::replace(open, false))
     }
 
-    /// What the client reads first, once there is something to follow it: until then the request can still move.
+    /// What the client reads first, once there is something to follow it: until then it can start over elsewhere.
     pub fn start(&mut self) -> Option<Event> {
         let cached_tokens = self.cached_tokens?;
         match self.prompt_scores.take_if(|scores| scores.missing == 0) {
@@ -216,7 +216,7 @@ mod tests {
     fn tokens_gather_while_nobody_reads() {
         let mut output = Output::new(&ask(None));
         output.push_begun(0, 0);
-        assert_eq!(output.start(), None, "it can still move");
+        assert_eq!(output.start(), None, "it can still start over");
         for (candidate, new) in [(0, [1, 2]), (0, [3, 4]), (1, [5, 6]), (0, [7, 8])] {
             output.push_tokens(candidate, &new, vec![]);
         }

@@ -1,5 +1,5 @@
-//! Replicas die, hang, break, restart and lie. What showed nothing moves; what showed something fails, never ends
-//! cleanly.
+//! Replicas die, hang, break, restart and lie. What showed nothing starts over elsewhere; what showed
+//! something goes on elsewhere, or fails, and never ends as if it were whole.
 
 use swallow_rpc::worker::v1::finished::Reason;
 
