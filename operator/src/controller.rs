@@ -13,7 +13,7 @@
 //! | pods, deployments | list, watch, create, patch, delete |
 //! | services, serviceaccounts, poddisruptionbudgets, rolebindings | list, watch, create, patch |
 //! | controllerrevisions | list, watch, create, delete |
-//! | events (events.k8s.io) | create |
+//! | events (events.k8s.io) | list, watch, create |
 //! | nodes, and the pods of all namespaces, unless `--no-nodes` | list, watch |
 //! | clusterroles, the routers' one | bind |
 //! | leases, in the operator's namespace | get, create, patch |

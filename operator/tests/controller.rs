@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use k8s_openapi::api::{
     apps::v1::{ControllerRevision, Deployment},
-    core::v1::Pod,
+    core::v1::{Event, Pod},
 };
 use kube::{
     Api, ResourceExt,
-    api::{DeleteParams, ListParams, Patch, PatchParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
 };
 use serde_json::{Value, json};
 use server::{Operator, Space};
@@ -329,4 +329,49 @@ async fn one_replica_works_and_another_takes_over() {
         .await;
     apply(&space, &model("tiny", |_| {})).await;
     pods_until(&space, "two pods", |pods| pods.len() == 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_cannot_be_mounted_is_told() {
+    let space = Space::new("mount").await;
+    let _operator = Operator::start(&space, &["--no-leader-election"]);
+    apply(&space, &model("tiny", |spec| spec["replicas"] = json!(1))).await;
+    let pod = pods_until(&space, "a pod", |pods| pods.len() == 1)
+        .await
+        .remove(0);
+    let scheduled =
+        json!({ "phase": "Pending", "conditions": [{ "type": "PodScheduled", "status": "True" }] });
+    play(&space, &pod, scheduled).await;
+    let words = "MountVolume.SetUp failed for volume \"model\": no such export";
+    let event: Event = serde_json::from_value(json!({
+        "metadata": { "generateName": "tiny-" },
+        "involvedObject": { "kind": "Pod", "namespace": space.name, "name": pod.name_any(), "uid": pod.uid() },
+        "reason": "FailedMount", "message": words, "type": "Warning", "count": 1,
+        "lastTimestamp": "2026-01-01T00:00:00Z", "source": { "component": "kubelet", "host": "n1" },
+    }))
+    .expect("it is an event");
+    let events: Api<Event> = space.api();
+    events
+        .create(&PostParams::default(), &event)
+        .await
+        .expect("the event is taken");
+    let seen = told(&space, "tiny", "Refused", |model| {
+        ready(model) == Some((ConditionStatus::False, "Refused"))
+    })
+    .await;
+    let group = &seen.status.expect("it has a status").groups[0];
+    assert_eq!(
+        (group.reason, group.message.as_str()),
+        (Some(GroupReason::Refused), words)
+    );
+    // The next try succeeds, and the event is history.
+    let mounted = json!({ "conditions": [
+        { "type": "PodScheduled", "status": "True" },
+        { "type": "PodReadyToStartContainers", "status": "True" },
+    ] });
+    play(&space, &pod, mounted).await;
+    told(&space, "tiny", "Starting", |model| {
+        ready(model) == Some((ConditionStatus::False, "Starting"))
+    })
+    .await;
 }

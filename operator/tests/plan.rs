@@ -205,3 +205,45 @@ fn every_mistake_is_a_line_with_field_and_advice() {
         "{stderr}"
     );
 }
+
+#[test]
+fn what_fetches_gets_token_and_authority_and_tells_its_progress() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("model.yaml");
+    let yaml = "apiVersion: serving.swallow.dev/v1alpha1\nkind: SwallowModel\nmetadata: {name: m}\nspec:\n  accelerator: {device: \
+                CPU}\n  model: {source: {type: HuggingFace, huggingFace: {repo: o/n, revision: \
+                \"0123456789012345678901234567890123456789\", tokenSecretRef: {name: hub}, caConfigMapRef: {name: \
+                mirror-ca}}}}\n";
+    fs::write(&file, yaml).expect("the folder is ours");
+    let objects = documents(&text(&operator(&["plan", "-f", &file.display().to_string()])));
+    let pod = objects
+        .iter()
+        .find(|object| object["kind"] == "Pod")
+        .expect("one group");
+    let fetch = &pod["spec"]["initContainers"][0];
+    let args = fetch["args"].to_string();
+    for flag in [
+        "--token-file=/etc/swallow/token/token",
+        "--ca-file=/etc/swallow/ca/ca.pem",
+        "--http-listen=0.0.0.0:",
+    ] {
+        assert!(args.contains(flag), "no {flag} in {args}");
+    }
+    let volume = |name: &str| {
+        let volumes = pod["spec"]["volumes"].as_array().into_iter().flatten();
+        volumes
+            .into_iter()
+            .find(|volume| volume["name"] == name)
+            .unwrap_or_else(|| panic!("no volume {name}"))
+    };
+    assert_eq!(volume("ca")["configMap"]["name"], "mirror-ca");
+    assert_eq!(volume("ca")["configMap"]["items"][0]["key"], "ca.crt");
+    assert_eq!(volume("token")["secret"]["secretName"], "hub");
+    let mounts = |container: &Value| container["volumeMounts"].to_string();
+    assert!(mounts(fetch).contains("/etc/swallow/ca"));
+    let worker = &pod["spec"]["containers"][0];
+    assert!(
+        !mounts(worker).contains("/etc/swallow"),
+        "the worker has no use for them"
+    );
+}

@@ -25,9 +25,10 @@
 - apiGroups: [apps]
   resources: [controllerrevisions]
   verbs: [list, watch, create, delete]
+# Why a volume cannot be mounted is said in the kubelet's events and nowhere else.
 - apiGroups: [events.k8s.io]
   resources: [events]
-  verbs: [create]
+  verbs: [list, watch, create]
 # The rights that routers get are in one ClusterRole, and `bind` lets the operator give that one and no other.
 - apiGroups: [rbac.authorization.k8s.io]
   resources: [clusterroles]

@@ -16,8 +16,8 @@ use crate::{
     Images, Timestamp, Valid,
     memory::BLOCK_TOKENS,
     model::{
-        Device, EngineDtype, EngineGenerationDefaults, EnginePrefixCache, Placement, Quantity, Resources,
-        SecretKey, ServiceType, SwallowModelSpec,
+        ConfigMapKey, Device, EngineDtype, EngineGenerationDefaults, EnginePrefixCache, Placement, Quantity,
+        Resources, SecretKey, ServiceType, SwallowModelSpec,
     },
 };
 
@@ -35,6 +35,8 @@ pub const MODEL_FOLDER: &str = "/models";
 pub const CACHE_FOLDER: &str = "/cache";
 /// The folder of a Secret with an access token.
 pub const TOKEN_FOLDER: &str = "/etc/swallow/token";
+/// Where a pod that fetches has the certificate authority.
+pub const CA_FOLDER: &str = "/etc/swallow/ca";
 
 /// A group to be started.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,6 +107,8 @@ pub enum ModelSource {
         fetch: FetchLaunch,
         /// The Secret with the access token.
         token: Option<SecretKey>,
+        /// The ConfigMap with the endpoint's certificate authority.
+        ca: Option<ConfigMapKey>,
         /// What keeps the files.
         cache: CacheVolume,
     },
@@ -142,7 +146,7 @@ impl FetchLaunch {
         format!("{}/{}", self.repo.replace('/', "--"), self.revision)
     }
 
-    /// What the worker's program is started with to bring the files to `out`.
+    /// What the worker's program is started with to bring the files to `out`. It tells its progress on stdout.
     pub fn args(&self, out: impl Into<PathBuf>, token_file: Option<PathBuf>) -> FetchArgs {
         FetchArgs {
             repo: self.repo.clone(),
@@ -152,6 +156,7 @@ impl FetchLaunch {
             token_file,
             ca_file: None,
             progress: ProgressFormat::Json,
+            http_listen: None,
         }
     }
 }

@@ -23,11 +23,13 @@ pub use action::{Action, GroupRef, Why};
 pub use k8s_openapi::jiff::Timestamp;
 pub use notes::{Note, NoteKind};
 pub use observed::{
-    CreateRefused, Failure, Images, Observed, Phase, Progress, SeenGroup, SeenRevision, SeenRouter,
+    CreateRefused, Failure, Images, MeasuredMemory, Observed, Phase, Progress, SeenGroup, SeenRevision,
+    SeenRouter,
 };
 pub use sharing::Peer;
 pub use validate::{Refused, Valid, validate};
 
+use kube::ResourceExt;
 use model::{SwallowModel, SwallowModelStatus};
 
 /// The annotation of a SwallowModel that lifts quarantines when its value changes.
@@ -52,7 +54,10 @@ pub fn plan(model: &SwallowModel, seen: &Observed, now: Timestamp) -> Plan {
     let census = census::Census::new(model, verdict.as_ref().ok(), seen);
     let mut decided = rollout::Decided::default();
     if model.metadata.deletion_timestamp.is_some() {
-        rollout::leave(seen, &mut decided);
+        // Whoever deletes a model and keeps what it owns (`kubectl delete --cascade=orphan`) wants it served on.
+        if !model.finalizers().iter().any(|finalizer| finalizer == "orphan") {
+            rollout::leave(seen, &mut decided);
+        }
     } else if let Ok(valid) = &verdict {
         let created = model.metadata.creation_timestamp.as_ref().map(|time| time.0);
         let shared = sharing::Shared::new(valid, created, &seen.peers);

@@ -26,12 +26,12 @@ pub use placement::{
 pub use quantity::{Quantity, QuantityError};
 pub use read::{check_schema, read};
 pub use source::{
-    Cache, CacheType, ClaimCache, ClaimSource, EmptyDirCache, HostPathSource, HuggingFaceSource, Model,
-    PresetName, SecretKey, ShapeNumbers, ShapeSpec, Source, SourceType,
+    Cache, CacheType, ClaimCache, ClaimSource, ConfigMapKey, EmptyDirCache, HostPathSource,
+    HuggingFaceSource, Model, PresetName, SecretKey, ShapeNumbers, ShapeSpec, Source, SourceType,
 };
 pub use status::{
-    Condition, ConditionStatus, GroupReason, GroupState, GroupStatus, MemoryPlanStatus, ProgressStatus,
-    SwallowModelStatus,
+    Condition, ConditionStatus, GroupReason, GroupState, GroupStatus, MemoryPlanStatus, MemoryStatus,
+    ProgressStatus, SwallowModelStatus,
 };
 
 use std::fmt;

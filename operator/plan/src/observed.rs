@@ -96,6 +96,19 @@ pub struct SeenGroup {
     pub retry: Option<String>,
     /// Requests that it computes or holds waiting.
     pub requests: u32,
+    /// What its worker measured after its warm-up, where it could be asked.
+    pub memory: Option<MeasuredMemory>,
+}
+
+/// Memory as a worker found it, in bytes, of all ranks together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MeasuredMemory {
+    /// Weights in the device's number format.
+    pub weights_bytes: u64,
+    /// Keys and values.
+    pub kv_bytes: u64,
+    /// Activations and scratch space.
+    pub workspace_bytes: u64,
 }
 
 /// Where a group is on its way.

@@ -95,6 +95,7 @@ mod tests {
             crashes: crashes.iter().map(|second| at(*second)).collect(),
             retry: retry.map(str::to_owned),
             requests: 0,
+            memory: None,
         }
     }
 

@@ -9,8 +9,8 @@ use crate::{
     census::Census,
     memory::{MemoryPlan, Size},
     model::{
-        Condition, ConditionStatus, Device, GroupReason, GroupState, GroupStatus, ProgressStatus,
-        SwallowModel, SwallowModelStatus,
+        Condition, ConditionStatus, Device, GroupReason, GroupState, GroupStatus, MemoryStatus,
+        ProgressStatus, SwallowModel, SwallowModelStatus,
     },
     objects::labels,
     recovery,
@@ -116,11 +116,31 @@ fn group_status(group: &SeenGroup, model: &SwallowModel, decided: &Decided, now:
             Phase::Fetching(progress) | Phase::Loading(progress) => Some(progress_status(progress)),
             _ => None,
         },
+        memory: memory_status(group, model),
     }
 }
 
+/// As measured; as told last of a group that serves and was not asked since this operator started.
+fn memory_status(group: &SeenGroup, model: &SwallowModel) -> Option<MemoryStatus> {
+    if let Some(memory) = group.memory {
+        return Some(MemoryStatus {
+            weights_bytes: signed(memory.weights_bytes),
+            kv_cache_bytes: signed(memory.kv_bytes),
+            workspace_bytes: signed(memory.workspace_bytes),
+        });
+    }
+    let earlier = model.status.iter().flat_map(|status| &status.groups);
+    earlier
+        .filter(|_| group.phase == Phase::Serving)
+        .find(|earlier| earlier.name == group.name)
+        .and_then(|earlier| earlier.memory)
+}
+
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
 fn progress_status(progress: &Progress) -> ProgressStatus {
-    let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     ProgressStatus {
         bytes_done: signed(progress.bytes_done),
         bytes_total: signed(progress.bytes_total),

@@ -89,7 +89,7 @@ impl Writer {
         match action {
             Action::ApplySurroundings { objects, .. } | Action::ApplyRouter { objects, .. } => {
                 for object in objects {
-                    self.apply(object).await?;
+                    world.learn_applied(self.apply(object).await?);
                 }
                 Ok(())
             }
@@ -114,7 +114,7 @@ impl Writer {
         }
     }
 
-    async fn apply(&self, object: &Value) -> Result<(), ApplyError> {
+    async fn apply(&self, object: &Value) -> Result<DynamicObject, ApplyError> {
         let object: DynamicObject =
             serde_json::from_value(object.clone()).map_err(|error| ApplyError::Form(error.to_string()))?;
         let types = object
@@ -129,7 +129,6 @@ impl Writer {
         let params = PatchParams::apply(MANAGER).force();
         api.patch(&name, &params, &Patch::Apply(&object))
             .await
-            .map(drop)
             .map_err(|source| failed(format!("{} {name}", types.kind), source))
     }
 

@@ -84,22 +84,8 @@ impl<K: Resource + Clone> Cache<K> {
     }
 
     /// Takes what the API server answered to a write, if the watch has not told something newer already.
-    pub fn learn(&self, mut object: K) {
-        object.meta_mut().managed_fields = None;
-        let version = |object: &K| {
-            object
-                .resource_version()
-                .and_then(|version| version.parse::<u64>().ok())
-        };
-        self.write(|objects| {
-            let key = Key::of(&object);
-            let newer = objects
-                .get(&key)
-                .is_none_or(|known| version(known) < version(&object));
-            if newer {
-                objects.insert(key, Arc::new(object));
-            }
-        });
+    pub fn learn(&self, object: K) {
+        self.put(object, |known, object| version(known) < version(object));
     }
 
     /// Follows a watch for ever. `touched` is told each object that came, changed or went; `synced` turns true when
@@ -120,7 +106,9 @@ impl<K: Resource + Clone> Cache<K> {
                 Ok(Event::Init) => listed.clear(),
                 Ok(Event::InitApply(object)) => {
                     listed.insert(Key::of(&object));
-                    self.put(object, &touched);
+                    touched(&object);
+                    // A list is the truth, also when the API server was set back to an earlier state.
+                    self.put(object, |_, _| true);
                 }
                 Ok(Event::InitDone) => {
                     let gone = |key: &Key| {
@@ -137,7 +125,13 @@ impl<K: Resource + Clone> Cache<K> {
                     listed.clear();
                     synced.send_replace(true);
                 }
-                Ok(Event::Apply(object)) => self.put(object, &touched),
+                Ok(Event::Apply(object)) => {
+                    touched(&object);
+                    // The answer to a write of ours may have been faster than the news of what was before it.
+                    self.put(object, |known, object| {
+                        known.uid() != object.uid() || version(known) <= version(object)
+                    });
+                }
                 Ok(Event::Delete(object)) => self.remove(&Key::of(&object), &touched),
                 Err(error) => {
                     tracing::warn!(%error, kind = std::any::type_name::<K>(), "a watch broke and is begun again")
@@ -146,11 +140,16 @@ impl<K: Resource + Clone> Cache<K> {
         }
     }
 
-    fn put(&self, mut object: K, touched: &impl Fn(&K)) {
+    /// Keeps the object, unless one is known that it does not follow.
+    fn put(&self, mut object: K, follows: impl FnOnce(&K, &K) -> bool) {
         // A large part of an object, and nobody here reads it.
         object.meta_mut().managed_fields = None;
-        touched(&object);
-        self.write(|objects| objects.insert(Key::of(&object), Arc::new(object)));
+        self.write(|objects| {
+            let key = Key::of(&object);
+            if objects.get(&key).is_none_or(|known| follows(known, &object)) {
+                objects.insert(key, Arc::new(object));
+            }
+        });
     }
 
     fn remove(&self, key: &Key, touched: &impl Fn(&K)) {
@@ -167,4 +166,10 @@ impl<K: Resource + Clone> Cache<K> {
     fn write<T>(&self, write: impl FnOnce(&mut BTreeMap<Key, Arc<K>>) -> T) -> T {
         write(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// Counts up with every change of anything in the cluster.
+fn version(object: &impl Resource) -> Option<u64> {
+    let version = object.meta().resource_version.as_ref()?;
+    version.parse().ok()
 }

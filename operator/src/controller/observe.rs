@@ -12,20 +12,22 @@ use k8s_openapi::{
     api::{
         apps::v1::{ControllerRevision, Deployment},
         core::v1::{Container, Node, Pod, PodSpec, PodStatus, Service, ServiceAccount},
+        events::v1::Event,
         policy::v1::PodDisruptionBudget,
         rbac::v1::RoleBinding,
     },
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
-    core::PartialObjectMeta,
+    api::DynamicObject,
+    core::{PartialObjectMeta, PartialObjectMetaExt},
     runtime::{WatchStreamExt, watcher},
 };
 use serde_json::Value;
 use swallow_plan::{
     CreateRefused, Images, Observed, Peer, Phase, SeenGroup, SeenRevision, SeenRouter, Timestamp,
     launch::{WORKER_HTTP_PORT, router_name},
-    model::SwallowModel,
+    model::{GroupReason, SwallowModel},
     objects::labels,
     validate,
 };
@@ -64,6 +66,8 @@ pub struct World {
     accounts: Cache<PartialObjectMeta<ServiceAccount>>,
     budgets: Cache<PartialObjectMeta<PodDisruptionBudget>>,
     bindings: Cache<PartialObjectMeta<RoleBinding>>,
+    /// What kubelets said of volumes that they cannot give to a pod. It is nowhere else.
+    mount_failures: Cache<Event>,
     nodes: Cache<Node>,
     /// Pods of all namespaces, as far as they take room; empty where nodes are not read.
     placed: Cache<Pod>,
@@ -88,6 +92,7 @@ impl World {
             accounts: Cache::default(),
             budgets: Cache::default(),
             bindings: Cache::default(),
+            mount_failures: Cache::default(),
             nodes: Cache::default(),
             placed: Cache::default(),
             images,
@@ -187,6 +192,17 @@ impl World {
             &mut synced,
             self.toucher(),
         );
+        let failures = watcher::Config::default().fields("reason=FailedMount");
+        let failures = watcher(to.api(), failures);
+        let world = self.clone();
+        to.follow(
+            self,
+            |world| &world.mount_failures,
+            failures,
+            tasks,
+            &mut synced,
+            move |event| world.mount_failed(event),
+        );
         synced
     }
 
@@ -222,6 +238,16 @@ impl World {
             self.queue.changed(Key::new(namespace, model));
         } else if let Some(router) = label(labels::ROUTER) {
             self.sharers_changed(&namespace, router);
+        }
+    }
+
+    fn mount_failed(&self, event: &Event) {
+        let pod = event.regarding.as_ref().and_then(|pod| {
+            let (namespace, name) = (pod.namespace.clone()?, pod.name.clone()?);
+            self.pods.get(&Key::new(namespace, name))
+        });
+        if let Some(pod) = pod {
+            self.touched(&*pod);
         }
     }
 
@@ -267,6 +293,23 @@ impl World {
         Some((model, observed))
     }
 
+    /// Takes what the API server answered to an apply: what was just written is not written again because the watch is
+    /// late.
+    pub fn learn_applied(&self, object: DynamicObject) {
+        let kind = object.types.as_ref().map(|types| types.kind.as_str());
+        match kind {
+            Some("Service") => self.services.learn(object.metadata.into_response_partial()),
+            Some("ServiceAccount") => self.accounts.learn(object.metadata.into_response_partial()),
+            Some("PodDisruptionBudget") => self.budgets.learn(object.metadata.into_response_partial()),
+            Some("RoleBinding") => self.bindings.learn(object.metadata.into_response_partial()),
+            Some("Deployment") => match object.try_parse() {
+                Ok(deployment) => self.deployments.learn(deployment),
+                Err(error) => tracing::warn!(%error, "the API server's answer to a Deployment is not one"),
+            },
+            kind => tracing::warn!(?kind, "an object was applied that no watch is about"),
+        }
+    }
+
     /// Keeps why a group could not be created, or that one could.
     pub fn set_refused(&self, key: &Key, refused: Option<CreateRefused>) {
         let mut all = self.refused_lock();
@@ -288,9 +331,9 @@ impl World {
                 let uid = pod.uid()?;
                 let mut group = pods::group(pod, told.get(&uid))?;
                 self.say_what_is_short(pod, &mut group);
+                self.say_what_is_not_mounted(pod, &mut group);
                 match moved.get(&uid) {
-                    // How far a fetch is cannot be seen, so that it never counts as standing still.
-                    Some((phase, at)) if *phase == group.phase && !matches!(phase, Phase::Fetching(_)) => {
+                    Some((phase, at)) if *phase == group.phase && !waits_its_turn(phase) => {
                         group.progress_at = *at;
                     }
                     _ => {
@@ -310,6 +353,27 @@ impl World {
             && let Some(line) = room::shortage(pod, &self.nodes.all(), &self.placed.all())
         {
             *message = format!("{line} (scheduler: {message})");
+        }
+    }
+
+    /// A pod whose volumes cannot be mounted looks like one that starts; only the kubelet's events tell.
+    fn say_what_is_not_mounted(&self, pod: &Pod, group: &mut SeenGroup) {
+        let Phase::Pending { reason, message, .. } = &mut group.phase else {
+            return;
+        };
+        if *reason != GroupReason::Starting || pods::has_its_volumes(pod) {
+            return;
+        }
+        let failures = self.mount_failures.within(&pod.namespace().unwrap_or_default());
+        let last = failures
+            .iter()
+            .filter(|event| {
+                let regarding = event.regarding.as_ref();
+                regarding.and_then(|pod| pod.uid.as_ref()) == Some(&group.uid)
+            })
+            .max_by_key(|event| event.deprecated_last_timestamp.as_ref().map(|time| time.0));
+        if let Some(note) = last.and_then(|event| event.note.clone()) {
+            (*reason, *message) = (GroupReason::Refused, note);
         }
     }
 
@@ -414,7 +478,9 @@ impl World {
 
     fn ask(&self, probes: &mut Probes, keys: &mut HashMap<String, Key>, ready_too: bool) {
         for pod in self.pods.all() {
-            let wanted = is_worker(&pod) && pods::answers(&pod) && (ready_too || !pods::is_ready(&pod));
+            let ready_and_known = pods::is_ready(&pod) && self.told_memory(&pod);
+            let works = pods::answers(&pod) && (ready_too || !ready_and_known);
+            let wanted = is_worker(&pod) && (works || pods::fetches(&pod));
             let ip = pod.status.as_ref().and_then(|status| status.pod_ip.as_ref());
             let (true, Some(ip), Some(uid), Some(model)) =
                 (wanted, ip, pod.uid(), pod.labels().get(labels::MODEL))
@@ -427,11 +493,21 @@ impl World {
         }
     }
 
+    /// Whether a worker has told the memory that it measured when it was loaded.
+    fn told_memory(&self, pod: &Pod) -> bool {
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        pod.metadata
+            .uid
+            .as_ref()
+            .and_then(|uid| told.get(uid))
+            .is_some_and(|told| told.memory.is_some())
+    }
+
     fn learn(&self, uid: &str, told: Told, key: Option<&Key>) {
         let mut all = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let before = all.insert(uid.to_owned(), told.clone());
         drop(all);
-        if before.is_none_or(|before| before.phase != told.phase)
+        if before.is_none_or(|before| (&before.phase, before.memory) != (&told.phase, told.memory))
             && let Some(key) = key
         {
             self.queue.changed(key.clone());
@@ -504,6 +580,12 @@ impl Target<'_> {
         let world = world.clone();
         tasks.spawn(async move { cache(&world).follow(stream, namespace, tell, touched).await });
     }
+}
+
+/// A fetch that does not know yet how much there is has not begun: another one may be busy with the same volume, for
+/// hours, and that is no standing still.
+fn waits_its_turn(phase: &Phase) -> bool {
+    matches!(phase, Phase::Fetching(progress) if progress.bytes_total == 0)
 }
 
 fn is_worker(pod: &Pod) -> bool {

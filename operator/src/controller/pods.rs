@@ -40,6 +40,7 @@ pub fn group(pod: &Pod, told: Option<&Told>) -> Option<SeenGroup> {
             .collect(),
         retry: pod.annotations().get(RETRY_ANNOTATION).cloned(),
         requests: told.map_or(0, |told| told.requests),
+        memory: told.and_then(|told| told.memory),
     })
 }
 
@@ -56,6 +57,27 @@ pub fn answers(pod: &Pod) -> bool {
     worker(pod)
         .and_then(|status| status.state.as_ref())
         .is_some_and(|state| state.running.is_some())
+}
+
+/// Whether its files are being fetched by a process that may answer in the worker's stead.
+pub fn fetches(pod: &Pod) -> bool {
+    let containers = pod
+        .status
+        .iter()
+        .flat_map(|status| &status.init_container_statuses);
+    containers.flatten().any(|container| {
+        container
+            .state
+            .as_ref()
+            .is_some_and(|state| state.running.is_some())
+    })
+}
+
+/// Whether its node has given it its volumes: they come before the sandbox.
+pub fn has_its_volumes(pod: &Pod) -> bool {
+    condition(pod, "PodReadyToStartContainers").is_some_and(|(status, ..)| status == "True")
+        || fetches(pod)
+        || answers(pod)
 }
 
 /// Whether its worker is ready, as the kubelet says.
@@ -95,12 +117,13 @@ fn phase(pod: &Pod, told: Option<&Told>) -> Phase {
         }
         let since = running.started_at.as_ref().map_or(created(pod), |time| time.0);
         return match told.and_then(|told| told.phase.clone()) {
-            // It is as the kubelet says: it served once, or will be ready with the next probe.
-            None | Some(Phase::Serving) => starting(since),
+            // It is as the kubelet says: it served once, or will be ready with the next probe. What was fetching when it
+            // was last asked is a worker by now.
+            None | Some(Phase::Serving | Phase::Fetching(_)) => starting(since),
             Some(phase) => phase,
         };
     }
-    waiting(pod, status)
+    waiting(pod, status, told)
 }
 
 fn starting(since: Timestamp) -> Phase {
@@ -111,7 +134,7 @@ fn starting(since: Timestamp) -> Phase {
     }
 }
 
-fn waiting(pod: &Pod, status: &PodStatus) -> Phase {
+fn waiting(pod: &Pod, status: &PodStatus, told: Option<&Told>) -> Phase {
     let containers = || {
         let init = status.init_container_statuses.iter().flatten();
         init.chain(status.container_statuses.iter().flatten())
@@ -146,14 +169,11 @@ fn waiting(pod: &Pod, status: &PodStatus) -> Phase {
             since,
         };
     }
-    let init_runs = status.init_container_statuses.iter().flatten().any(|container| {
-        container
-            .state
-            .as_ref()
-            .is_some_and(|state| state.running.is_some())
-    });
-    if init_runs {
-        return Phase::Fetching(Progress::default());
+    if fetches(pod) {
+        return match told.and_then(|told| told.phase.clone()) {
+            Some(fetching @ Phase::Fetching(_)) => fetching,
+            _ => Phase::Fetching(Progress::default()),
+        };
     }
     match condition(pod, "PodScheduled") {
         Some(("False", message, since, _)) => Phase::Pending {

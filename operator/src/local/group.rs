@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::Value;
 use swallow_plan::{
-    Failure, Phase, Progress, SeenGroup, Timestamp,
+    Failure, MeasuredMemory, Phase, Progress, SeenGroup, Timestamp,
     launch::{GroupLaunch, ModelSource},
     model::GroupReason,
 };
@@ -51,6 +51,7 @@ pub struct Group {
     phase: Phase,
     progress_at: Timestamp,
     requests: u32,
+    memory: Option<MeasuredMemory>,
     /// Its process ended by itself, with an exit code, before it served.
     refused: bool,
     /// It was told to stop, and has to be gone by then.
@@ -104,6 +105,7 @@ impl Group {
             },
             progress_at: now,
             requests: 0,
+            memory: None,
             refused: false,
             leaving: None,
             log,
@@ -139,6 +141,7 @@ impl Group {
             crashes: self.launch.crashes.clone(),
             retry: self.launch.retry.clone(),
             requests: self.requests,
+            memory: self.memory,
         }
     }
 
@@ -196,6 +199,7 @@ impl Group {
         }
         let told = Told::read(state);
         self.requests = told.requests;
+        self.memory = told.memory;
         // Without a phase it ends soon, and how is told by its end.
         let Some(phase) = told.phase else { return };
         self.go_to(phase, now);

@@ -196,6 +196,17 @@ fn check(model: &SwallowModel, has_token: bool) -> Result<(Valid, Option<Shape>)
                 .into(),
         );
     }
+    let needs_ca = source
+        .hugging_face
+        .as_ref()
+        .is_some_and(|source| source.ca_config_map_ref.is_some());
+    if needs_ca {
+        return refuse(
+            "spec.model.source.huggingFace.caConfigMapRef: ConfigMaps need a cluster: leave it out, and fetch the files \
+             with `swallow-worker fetch --ca-file` into a folder for a HostPath source"
+                .into(),
+        );
+    }
     let shape = source
         .host_path
         .as_ref()

@@ -1,6 +1,6 @@
 //! The arguments of `swallow-worker fetch`, which brings a model's files into a folder.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, ValueEnum};
 
@@ -43,6 +43,9 @@ pub struct FetchArgs {
     /// Progress as text on stderr, or as JSON lines on stdout
     #[arg(long, value_enum, default_value = "text")]
     pub progress: ProgressFormat,
+    /// Address for /state, which tells the progress to whoever asks while the fetch runs
+    #[arg(long, value_name = "ADDRESS")]
+    pub http_listen: Option<SocketAddr>,
 }
 
 impl FetchArgs {
@@ -56,6 +59,7 @@ impl FetchArgs {
         argv.optional("token-file", self.token_file.as_ref().map(|path| path.display()));
         argv.optional("ca-file", self.ca_file.as_ref().map(|path| path.display()));
         argv.choice("progress", self.progress);
+        argv.optional("http-listen", self.http_listen);
         argv.0
     }
 }
@@ -91,6 +95,7 @@ mod tests {
             token_file: Some("/token".into()),
             ca_file: Some("/ca.pem".into()),
             progress: ProgressFormat::Json,
+            http_listen: Some(([0, 0, 0, 0], 8080).into()),
             ..minimal
         };
         assert_eq!(parse(full.argv()), full);

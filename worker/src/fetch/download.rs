@@ -79,7 +79,7 @@ impl<'a> Downloads<'a> {
             });
         }
         let mut path = self.out.join(&file.name);
-        if !is_verified(&path, file) {
+        if !self.is_verified(&path, file) {
             path = self.download(file)?;
         }
         fs::read(&path).map_err(|source| FetchError::local(&path, source))
@@ -148,9 +148,21 @@ impl<'a> Downloads<'a> {
             .join(format!("{}.{}", file.name, &file.digest.hex()[..16]))
     }
 
+    /// The file under its final name is the right one already.
+    fn is_verified(&mut self, path: &Path, file: &FileSpec) -> bool {
+        let mut digest = || {
+            let mut found = File::open(path)?;
+            let mut hasher = Hasher::new(file);
+            hasher.read(&mut found, file.size, |verified| self.progress(file, verified))?;
+            io::Result::Ok(hasher.finish())
+        };
+        fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == file.size)
+            && digest().is_ok_and(|digest| digest == file.digest)
+    }
+
     fn fetch_one(&mut self, file: &FileSpec) -> Result<(), FetchError> {
         let path = self.out.join(&file.name);
-        if is_verified(&path, file) {
+        if self.is_verified(&path, file) {
             return Ok(());
         }
         let partial = self.download(file)?;
@@ -212,7 +224,9 @@ impl<'a> Downloads<'a> {
             restart(&mut target, &mut hasher, file).map_err(local)?;
             have = 0;
         }
-        hasher.read(&mut target, have).map_err(local)?;
+        hasher
+            .read(&mut target, have, |verified| self.progress(file, verified))
+            .map_err(local)?;
         if have < file.size {
             let mut response = match self.client.get(url, have) {
                 Ok(response) => response,
@@ -300,18 +314,6 @@ fn restart(target: &mut File, hasher: &mut Hasher, file: &FileSpec) -> io::Resul
     target.rewind()
 }
 
-/// The file under its final name is the right one already.
-fn is_verified(path: &Path, file: &FileSpec) -> bool {
-    let digest = || {
-        let mut found = File::open(path)?;
-        let mut hasher = Hasher::new(file);
-        hasher.read(&mut found, file.size)?;
-        io::Result::Ok(hasher.finish())
-    };
-    fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == file.size)
-        && digest().is_ok_and(|digest| digest == file.digest)
-}
-
 enum Hasher {
     Sha256(Box<Sha256>),
     GitBlob(Box<Sha1>),
@@ -336,14 +338,20 @@ impl Hasher {
         }
     }
 
-    /// Takes in the next `n` bytes of `file`, or as many as it has.
-    fn read(&mut self, file: &mut File, n: u64) -> io::Result<()> {
+    /// Takes in the next `n` bytes of `file`, or as many as it has, and tells how many it has taken as it goes: reading
+    /// back a large part is work too, and must not look like standing still.
+    fn read(&mut self, file: &mut File, n: u64, mut tell: impl FnMut(u64)) -> io::Result<()> {
         let mut buffer = vec![0; BUFFER];
         let mut rest = file.take(n);
+        let mut taken = 0;
         loop {
             match rest.read(&mut buffer) {
                 Ok(0) => return Ok(()),
-                Ok(n) => self.update(&buffer[..n]),
+                Ok(n) => {
+                    self.update(&buffer[..n]);
+                    taken += n as u64;
+                    tell(taken);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }

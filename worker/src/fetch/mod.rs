@@ -5,6 +5,7 @@
 //! always complete and verified. Only what serving needs is fetched. Several runs on one folder take turns.
 
 mod client;
+mod door;
 mod download;
 mod listing;
 mod marker;
@@ -15,13 +16,19 @@ use std::{
     fs::{self, File},
     io,
     path::Path,
+    process, thread,
     time::Duration,
 };
 
 use swallow_proto::launch::{FetchArgs, ProgressFormat};
+use tokio::{
+    runtime,
+    signal::unix::{SignalKind, signal},
+};
 
 use self::{
     client::Client,
+    door::Door,
     download::Downloads,
     listing::{FileSpec, Listing},
     marker::Marker,
@@ -174,16 +181,45 @@ fn shown(path: &Path) -> String {
     crate::checkpoint::one_line(&path.display().to_string())
 }
 
+/// As shells say it: 128 and the signal's number.
+const ENDED_BY_SIGTERM: i32 = 143;
+
 /// Runs the subcommand: fetches what `args` name and tells of the progress in the form they ask for.
 pub fn run(args: FetchArgs) -> Result<(), FetchError> {
+    end_when_told();
     let patience = Patience::default();
-    match args.progress {
-        ProgressFormat::Text => fetch(&args, &patience, &mut TextLines::new()),
-        ProgressFormat::Json => fetch(&args, &patience, &mut JsonLines::new(io::stdout())),
+    let mut lines: Box<dyn Report> = match args.progress {
+        ProgressFormat::Text => Box::new(TextLines::new()),
+        ProgressFormat::Json => Box::new(JsonLines::new(io::stdout())),
+    };
+    match args.http_listen {
+        Some(address) => fetch(&args, &patience, &mut Door::open(address, lines)?),
+        None => fetch(&args, &patience, &mut *lines),
     }
 }
 
-/// Fetches what `args` name; returns when every file is there and verified. `args.progress` is for [`run`] alone.
+/// Ends the process at SIGTERM, also as the first process of a container, whose default is to ignore it. Nothing is lost:
+/// another run continues.
+fn end_when_told() {
+    let wait = || {
+        let runtime = runtime::Builder::new_current_thread().enable_io().build()?;
+        runtime.block_on(async {
+            signal(SignalKind::terminate())?.recv().await;
+            io::Result::Ok(())
+        })
+    };
+    let end = move || {
+        if wait().is_ok() {
+            eprintln!("ended by SIGTERM; run the command again to continue");
+            process::exit(ENDED_BY_SIGTERM);
+        }
+    };
+    // Without the thread the process ends later, at SIGKILL.
+    drop(thread::Builder::new().name("signals".into()).spawn(end));
+}
+
+/// Fetches what `args` name; returns when every file is there and verified. `args.progress` and
+/// `args.http_listen` are for [`run`] alone.
 pub fn fetch(args: &FetchArgs, patience: &Patience, report: &mut dyn Report) -> Result<(), FetchError> {
     let wanted = Wanted::new(args)?;
     // Before anything is written: the folder may be complete and read-only.

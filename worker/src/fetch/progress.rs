@@ -66,7 +66,7 @@ pub trait Report {
 
 /// Speed and time left, from samples of how much is done.
 #[derive(Debug, Default)]
-struct Meter {
+pub(super) struct Meter {
     last: Option<(Instant, u64)>,
     /// Smoothed over a few samples; None before two of them.
     bytes_per_second: Option<f64>,
@@ -74,7 +74,7 @@ struct Meter {
 
 impl Meter {
     /// Takes a sample if `interval` has passed since the last one; says whether it did.
-    fn sample(&mut self, now: Instant, done: u64, interval: Duration) -> bool {
+    pub(super) fn sample(&mut self, now: Instant, done: u64, interval: Duration) -> bool {
         let Some((then, before)) = self.last else {
             self.last = Some((now, done));
             return true;
@@ -93,7 +93,7 @@ impl Meter {
         true
     }
 
-    fn seconds_left(&self, done: u64, total: u64) -> Option<u64> {
+    pub(super) fn seconds_left(&self, done: u64, total: u64) -> Option<u64> {
         let speed = self.bytes_per_second.filter(|speed| *speed > 0.0)?;
         Some((total.saturating_sub(done) as f64 / speed).ceil() as u64)
     }

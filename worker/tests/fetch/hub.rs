@@ -158,6 +158,7 @@ impl Hub {
             token_file: None,
             ca_file: None,
             progress: ProgressFormat::Json,
+            http_listen: None,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Fetching from a small endpoint in this process, which fails in every way that real ones do.
 
+mod door;
 mod hub;
 mod secure;
 

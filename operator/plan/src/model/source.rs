@@ -106,6 +106,27 @@ pub struct HuggingFaceSource {
     /// into the container that fetches; the operator never reads it. Defaults to none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_secret_ref: Option<SecretKey>,
+    /// caConfigMapRef names the ConfigMap that holds the certificate authority of a mirror, in PEM. It is
+    /// trusted besides the public ones, by the container that fetches. Defaults to none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_config_map_ref: Option<ConfigMapKey>,
+}
+
+/// One key of a ConfigMap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ConfigMapKey {
+    /// name is the ConfigMap, in the model's namespace. Required.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// key is the entry of the ConfigMap. Defaults to ca.crt.
+    #[serde(default = "ca_certificate")]
+    #[schemars(length(min = 1, max = 253))]
+    pub key: String,
+}
+
+fn ca_certificate() -> String {
+    "ca.crt".to_owned()
 }
 
 /// One key of a Secret.

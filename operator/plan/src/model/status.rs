@@ -124,6 +124,21 @@ pub struct GroupStatus {
     /// progress of fetching or loading.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<ProgressStatus>,
+    /// memory as its worker measured it once it was loaded, of all ranks together; absent before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryStatus>,
+}
+
+/// Memory as a worker measured it, in bytes, of all ranks of a group together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase")]
+pub struct MemoryStatus {
+    /// weightsBytes is the size of the weights in the device's number format.
+    pub weights_bytes: i64,
+    /// kvCacheBytes holds keys and values.
+    pub kv_cache_bytes: i64,
+    /// workspaceBytes is what steps need otherwise.
+    pub workspace_bytes: i64,
 }
 
 /// How far fetching or loading is.

@@ -47,6 +47,8 @@ pub(super) fn with_common(mut labels: BTreeMap<String, String>, name: &str) -> B
     labels.extend(map([
         ("app.kubernetes.io/name", name),
         ("app.kubernetes.io/managed-by", "swallow-operator"),
+        #[cfg(feature = "another-rendering")]
+        ("serving.swallow.dev/rendering", "another"),
     ]));
     labels
 }

@@ -1,16 +1,18 @@
 //! The pod of one tensor-parallel group.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use k8s_openapi::{
     api::core::v1::{
-        Affinity, Container, EmptyDirVolumeSource, HostPathVolumeSource, KeyToPath, LocalObjectReference,
-        PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity, PodSpec,
-        SecretVolumeSource, Toleration as KubeToleration, Volume, VolumeMount, WeightedPodAffinityTerm,
+        Affinity, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, HostPathVolumeSource, KeyToPath,
+        LocalObjectReference, PersistentVolumeClaimVolumeSource, Pod, PodAffinityTerm, PodAntiAffinity,
+        PodSpec, SecretVolumeSource, Toleration as KubeToleration, Volume, VolumeMount,
+        WeightedPodAffinityTerm,
     },
     apimachinery::pkg::{api::resource::Quantity as KubeQuantity, apis::meta::v1::LabelSelector},
 };
 use serde_json::Value;
+use swallow_proto::launch::FetchArgs;
 
 use super::{
     GRACE_MARGIN_SECONDS, container_security, labels, meta, plain, pod_security, requirements,
@@ -19,10 +21,10 @@ use super::{
 use crate::{
     RETRY_ANNOTATION, Valid,
     launch::{
-        CACHE_FOLDER, CacheVolume, FetchLaunch, GroupLaunch, GroupTemplate, MODEL_FOLDER, ModelSource,
-        TOKEN_FOLDER, WORKER_GRPC_PORT, WORKER_HTTP_PORT,
+        CA_FOLDER, CACHE_FOLDER, CacheVolume, FetchLaunch, GroupLaunch, GroupTemplate, MODEL_FOLDER,
+        ModelSource, TOKEN_FOLDER, WORKER_GRPC_PORT, WORKER_HTTP_PORT,
     },
-    model::{SecretKey, Spread, Toleration, TolerationEffect, TolerationOperator},
+    model::{ConfigMapKey, SecretKey, Spread, Toleration, TolerationEffect, TolerationOperator},
 };
 
 /// How long a group stays with a node that is not ready or does not answer, in seconds.
@@ -204,7 +206,12 @@ fn files(template: &GroupTemplate) -> (Vec<Volume>, Vec<VolumeMount>, Option<Con
             vec![read_only("model", MODEL_FOLDER)],
             None,
         ),
-        ModelSource::Fetch { fetch, token, cache } => {
+        ModelSource::Fetch {
+            fetch,
+            token,
+            ca,
+            cache,
+        } => {
             let cache = match cache {
                 CacheVolume::Claim { claim } => claim_volume("cache", claim, false),
                 CacheVolume::EmptyDir { size_limit } => {
@@ -222,16 +229,20 @@ fn files(template: &GroupTemplate) -> (Vec<Volume>, Vec<VolumeMount>, Option<Con
             };
             let mut volumes = vec![cache];
             volumes.extend(token.as_ref().map(token_volume));
-            let container = fetcher(&template.image, fetch, token.is_some());
+            volumes.extend(ca.as_ref().map(ca_volume));
+            let container = fetcher(&template.image, fetch, token.is_some(), ca.is_some());
             (volumes, vec![read_only("cache", CACHE_FOLDER)], Some(container))
         }
     }
 }
 
-fn fetcher(image: &str, fetch: &FetchLaunch, with_token: bool) -> Container {
+fn fetcher(image: &str, fetch: &FetchLaunch, with_token: bool, with_ca: bool) -> Container {
     let mut mounts = vec![mount("cache", CACHE_FOLDER), mount("tmp", "/tmp")];
     if with_token {
         mounts.push(read_only("token", TOKEN_FOLDER));
+    }
+    if with_ca {
+        mounts.push(read_only("ca", CA_FOLDER));
     }
     let token_file = with_token.then(|| format!("{TOKEN_FOLDER}/token"));
     Container {
@@ -239,12 +250,16 @@ fn fetcher(image: &str, fetch: &FetchLaunch, with_token: bool) -> Container {
         image: Some(image.to_owned()),
         command: Some(vec!["swallow-worker".into()]),
         args: Some(
-            fetch
-                .args(
+            FetchArgs {
+                // The worker's port: the worker starts when this has ended.
+                http_listen: Some((Ipv4Addr::UNSPECIFIED, WORKER_HTTP_PORT).into()),
+                ca_file: with_ca.then(|| format!("{CA_FOLDER}/ca.pem").into()),
+                ..fetch.args(
                     format!("{CACHE_FOLDER}/{}", fetch.folder()),
                     token_file.map(Into::into),
                 )
-                .argv(),
+            }
+            .argv(),
         ),
         security_context: Some(container_security()),
         termination_message_policy: Some("FallbackToLogsOnError".into()),
@@ -261,6 +276,25 @@ fn claim_volume(name: &str, claim: &str, read_only: bool) -> Volume {
     Volume {
         name: name.into(),
         persistent_volume_claim: Some(source),
+        ..Volume::default()
+    }
+}
+
+fn ca_volume(ca: &ConfigMapKey) -> Volume {
+    let item = KeyToPath {
+        key: ca.key.clone(),
+        path: "ca.pem".into(),
+        mode: None,
+    };
+    let source = ConfigMapVolumeSource {
+        name: ca.name.clone(),
+        items: Some(vec![item]),
+        default_mode: Some(0o444),
+        optional: Some(false),
+    };
+    Volume {
+        name: "ca".into(),
+        config_map: Some(source),
         ..Volume::default()
     }
 }

@@ -79,6 +79,7 @@ pub(super) fn source(model: &Model, problems: &mut Problems) -> Option<ModelSour
         ModelSource::Fetch {
             fetch,
             token: source.token_secret_ref.clone(),
+            ca: source.ca_config_map_ref.clone(),
             cache,
         }
     });

@@ -155,6 +155,7 @@ impl World {
                         crashes: group.crashes.clone(),
                         retry: group.retry.clone(),
                         requests: 0,
+                        memory: None,
                     },
                     since: self.now,
                     placed: false,
