@@ -1,4 +1,7 @@
-"""mirror.py ADDRESS REPO REVISION FOLDER: a Hugging Face endpoint for one repository at one commit. Prints its port."""
+"""mirror.py ADDRESS REPO REVISION FOLDER [STALL]: a Hugging Face endpoint for one repository at one commit. Prints its port.
+
+The first request for the file STALL gets half of it, and then nothing as long as the client holds the line.
+"""
 
 import hashlib
 import http.server
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 address, repo, revision, folder = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
+to_stall = set(sys.argv[5:6])
 files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
@@ -44,6 +48,13 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         self.end_headers()
+        name = path.removeprefix(prefix)
+        if name in to_stall:
+            to_stall.remove(name)
+            self.wfile.write(body[start : (start + len(body)) // 2])
+            self.rfile.read(1)  # Returns when the client goes.
+            self.close_connection = True
+            return
         self.wfile.write(body[start:])
 
     def log_message(self, *_):

@@ -31,8 +31,8 @@ pub fn now() -> String {
         .to_owned()
 }
 
-/// What the operator asked for at or after a time (RFC 3339 in UTC), one for each request; and what it was
-/// refused for want of a right.
+/// What the operator asked for at or after a time (RFC 3339 in UTC), one for each request and one more for each
+/// apply that created something; and what it was refused for want of a right.
 pub fn operator_uses(cluster: &Cluster, since: &str) -> (Vec<Use>, BTreeSet<String>) {
     let log = fs::read_to_string(cluster.audit_log()).expect("the API server writes an audit log");
     let (mut used, mut refused) = (Vec::new(), BTreeSet::new());
@@ -61,9 +61,16 @@ pub fn operator_uses(cluster: &Cluster, since: &str) -> (Vec<Use>, BTreeSet<Stri
         if event["annotations"]["authorization.k8s.io/decision"] == "forbid" {
             let words = text(&event["responseStatus"]["message"]);
             refused.insert(format!("{} {}: {words}", one.verb, one.resource));
-        } else {
-            used.push(one);
+            continue;
         }
+        // Server-side apply of what is not there: the API server asks for the right to create, and logs a patch.
+        if one.verb == "patch" && event["responseStatus"]["code"] == 201 {
+            used.push(Use {
+                verb: "create".into(),
+                ..one.clone()
+            });
+        }
+        used.push(one);
     }
     (used, refused)
 }

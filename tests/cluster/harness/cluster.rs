@@ -179,6 +179,32 @@ impl Cluster {
         }
     }
 
+    /// Builds an operator as another version would be, which renders otherwise, and loads its image; gives its tag.
+    ///
+    /// # Errors
+    /// What a program said.
+    pub fn load_another_operator(&self) -> Result<&'static str, String> {
+        let tag = "of-another-version";
+        let (programs, images) = (self.folder("another/bin"), self.folder("another/images"));
+        output(Command::new(root().join("tests/cluster/another_operator")).arg(&programs))?;
+        let mut build = Command::new(root().join("deploy/images/build"));
+        build
+            .arg(&images)
+            .arg("--bin-dir")
+            .arg(&programs)
+            .args(["--tag", tag]);
+        output(&mut build)?;
+        for node in ["n1", "n2"] {
+            let load = root().join("tests/cluster/nodes/images");
+            output(
+                Command::new(load)
+                    .arg(node)
+                    .arg(images.join("swallow-operator.tar")),
+            )?;
+        }
+        Ok(tag)
+    }
+
     /// Where the API server writes who asked for what.
     pub fn audit_log(&self) -> PathBuf {
         self.state.join("n1/log/audit.log")

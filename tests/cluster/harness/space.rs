@@ -151,9 +151,16 @@ impl<'a> Space<'a> {
                     return Err(format!("{kind} is not True"));
                 }
             }
-            (model["status"]["updatedReplicas"] == model["spec"]["replicas"])
+            if model["status"]["updatedReplicas"] != model["spec"]["replicas"] {
+                return Err("not all are updated".into());
+            }
+            // The last thing that a group tells of itself.
+            let groups = model["status"]["groups"].as_array().into_iter().flatten();
+            groups
+                .into_iter()
+                .all(|group| group["memory"].is_object())
                 .then_some(())
-                .ok_or_else(|| "not all are updated".into())
+                .ok_or_else(|| "memory is not told".into())
         })
     }
 

@@ -129,3 +129,37 @@ pub fn replaced_routers_finish_their_streams(space: &Space<'_>) {
     space.tell(format!("{n} requests meanwhile, none failed"));
     streams.finish();
 }
+
+/// Records of revisions that no group is of are kept for a way back, and not for ever.
+pub fn old_revisions_are_forgotten(space: &Space<'_>) {
+    space.apply(&Model::tiny("tiny", 1));
+    space.until_settled("tiny");
+    let records = || {
+        space
+            .kubectl(&["get", "controllerrevisions", "-o", "name"])
+            .lines()
+            .count()
+    };
+    for tokens in [256, 272, 288, 304, 320] {
+        let revision =
+            space.json(&["get", "swallowmodel", "tiny"]).expect("it exists")["status"]["updateRevision"]
+                .clone();
+        space.patch("tiny", &json!({"spec": {"engine": {"maxStepTokens": tokens}}}));
+        space.until_model("tiny", "a group of the new revision", |model| {
+            let new = &model["status"]["updateRevision"];
+            let groups = model["status"]["groups"].as_array().into_iter().flatten();
+            let there = *new != revision && groups.into_iter().any(|group| group["revision"] == *new);
+            there.then_some(()).ok_or_else(|| "none".into())
+        });
+    }
+    space.until_settled("tiny");
+    until("the oldest records go", Duration::from_secs(30), || {
+        let n = records();
+        // The one in use, and three to go back to.
+        if n == 4 {
+            Ok(())
+        } else {
+            Err(format!("{n} records"))
+        }
+    });
+}

@@ -9,9 +9,9 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::goldens;
+use super::{goldens, serve};
 use crate::harness::{Model, Space, Traffic, group_reasons, until};
 
 fn names(pods: &[Value]) -> BTreeSet<String> {
@@ -148,4 +148,45 @@ pub fn a_lost_node_is_replaced(space: &Space<'_>) {
         std::panic::resume_unwind(panic);
     }
     space.until_settled("tiny");
+}
+
+/// A start that stands still is ended by the kubelet at the operator's word, and tried again.
+pub fn a_stalled_start_is_begun_again(space: &Space<'_>) {
+    let (model, _mirror) = serve::fetched(space, Some("model-00002-of-00002.safetensors"));
+    let model = model.with("rollout", json!({"startupProgressTimeoutSeconds": 10}));
+    space.apply(&model);
+    let start = Instant::now();
+    let seen = space.until_model("fetched", "the progress is told in bytes", |model| {
+        let progress = &model["status"]["groups"][0]["progress"];
+        let count = |name: &str| progress[name].as_u64().unwrap_or_default();
+        let partly = 0 < count("bytesDone") && count("bytesDone") < count("bytesTotal");
+        partly.then_some(()).ok_or_else(|| "no bytes".into())
+    });
+    let group = &seen["status"]["groups"][0];
+    space.tell(format!("{}: {}", group["state"], group["progress"]));
+    assert_eq!(group["state"], "Fetching");
+    let stalled = space.worker_pods("fetched")[0]["metadata"]["name"].clone();
+    let seen = space.until_model("fetched", "the stall is told", |model| {
+        let told = group_reasons(model)
+            .into_iter()
+            .any(|group| group.1 == "StartupStalled");
+        told.then_some(()).ok_or_else(|| "not told".into())
+    });
+    space.tell(format!(
+        "after {:.0} s: {}",
+        start.elapsed().as_secs_f64(),
+        group_reasons(&seen)[0].2
+    ));
+    space.until_settled("fetched");
+    space.tell(format!("served after {:.0} s", start.elapsed().as_secs_f64()));
+    serve::golden_text_is_served(&space.door("fetched-router"), "fetched");
+    let names = names(&space.worker_pods("fetched"));
+    assert!(
+        !names.contains(stalled.as_str().unwrap_or_default()),
+        "another pod serves"
+    );
+    let restarts = space
+        .json(&["get", "swallowmodel", "fetched"])
+        .map(|model| model["status"]["groups"][0]["restarts"].clone());
+    assert_eq!(restarts, Ok(json!(1)));
 }

@@ -69,6 +69,12 @@ pub fn what_is_wrong_is_said(space: &Space<'_>) {
         message.contains("model-00002-of-00002.safetensors"),
         "the worker's own line: {message}"
     );
+    space.apply(&Model::at("nowhere", 1, std::path::Path::new("/no/such/folder")));
+    let message = until_reason(space, "nowhere", "Refused");
+    assert!(
+        message.contains("/no/such/folder"),
+        "the kubelet's own words: {message}"
+    );
     let message = until_reason(space, "absent", "ImagePull");
     assert!(message.contains("registry.invalid"), "{message}");
 }

@@ -72,7 +72,7 @@ pub fn streams_outlive_their_group_and_their_router(space: &Space<'_>) {
 }
 
 pub fn a_fetched_model_serves_under_restricted_security(space: &Space<'_>) {
-    let (model, _mirror) = serve::fetched(space);
+    let (model, _mirror) = serve::fetched(space, None);
     apply_plan(space, model);
     golden_text_is_served(&space.door("fetched-router"), "fetched");
 }

@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::harness::{Model, RELEASE, SYSTEM, Space, Use, now, operator_uses};
+use crate::harness::{Model, RELEASE, SYSTEM, Space, Use, now, operator_uses, until};
 
 /// How long nothing may be written.
 const REST: Duration = Duration::from_secs(120);
@@ -15,6 +15,16 @@ const REST: Duration = Duration::from_secs(120);
 pub fn nothing_is_written_at_rest(space: &Space<'_>) {
     space.apply(&Model::tiny("tiny", 2));
     space.until_settled("tiny");
+    // Models of earlier scenarios that go with their namespaces are no rest.
+    until("no namespace is going", Duration::from_secs(120), || {
+        let all = space.cluster.json(&["get", "namespaces"])?;
+        let going = all["items"].as_array().into_iter().flatten();
+        let going: Vec<&Value> = going
+            .filter(|space| space["status"]["phase"] == "Terminating")
+            .map(|space| &space["metadata"]["name"])
+            .collect();
+        going.is_empty().then_some(()).ok_or_else(|| format!("{going:?}"))
+    });
     let start = now();
     std::thread::sleep(REST); // The measurement itself.
     let (used, refused) = operator_uses(space.cluster, &start);

@@ -41,6 +41,13 @@ pub fn a_model_serves_golden_text(space: &Space<'_>) {
     ]);
     let model = space.until_settled("tiny");
     assert_eq!(model["status"]["readyReplicas"], 2);
+    for group in model["status"]["groups"].as_array().into_iter().flatten() {
+        let kv = group["memory"]["kvCacheBytes"].as_u64().unwrap_or_default();
+        assert!(
+            (250 << 20..=256 << 20).contains(&kv),
+            "256 MiB of keys and values in whole blocks: {group}"
+        );
+    }
 
     let pods = space.worker_pods("tiny");
     let nodes: BTreeSet<&str> = pods
@@ -77,11 +84,12 @@ pub fn a_model_serves_golden_text(space: &Space<'_>) {
 pub struct Mirror(Child);
 
 impl Mirror {
-    fn start() -> (Self, u16) {
+    fn start(stall: Option<&str>) -> (Self, u16) {
         let mut child = Command::new("python3")
             .arg(root().join("tests/cluster/mirror.py"))
             .args([HOST, "swallow/tiny", REVISION])
             .arg(fixture())
+            .args(stall)
             .stdout(Stdio::piped())
             .spawn()
             .expect("python3 is installed");
@@ -143,11 +151,11 @@ pub fn a_claimed_model_serves_under_restricted_security(space: &Space<'_>) {
     unclaim(space);
 }
 
-/// The mirror has a name of the cluster, so nothing but the cluster's own DNS and Service is needed to reach it.
-/// A model at a mirror, in a namespace that enforces restricted pods; and the mirror.
-pub fn fetched(space: &Space<'_>) -> (Model, Mirror) {
+/// A model at a mirror, in a namespace that enforces restricted pods; and the mirror. It has a name of the cluster, so
+/// nothing but the cluster's own DNS and Service is needed to reach it. Its first answer for the file `stall` never ends.
+pub fn fetched(space: &Space<'_>, stall: Option<&str>) -> (Model, Mirror) {
     restrict(space);
-    let (mirror, port) = Mirror::start();
+    let (mirror, port) = Mirror::start(stall);
     space.apply_value(&json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "mirror"},
         "spec": {"ports": [{"name": "http", "port": 80, "targetPort": port}]},
@@ -170,7 +178,7 @@ pub fn fetched(space: &Space<'_>) -> (Model, Mirror) {
 }
 
 pub fn a_fetched_model_serves_under_restricted_security(space: &Space<'_>) {
-    let (model, _mirror) = fetched(space);
+    let (model, _mirror) = fetched(space, None);
     space.apply(&model);
     space.until_settled("fetched");
     golden_text_is_served(&space.door("fetched-router"), "fetched");
