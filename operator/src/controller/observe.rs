@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    fmt::Debug,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -23,6 +24,7 @@ use kube::{
     core::{PartialObjectMeta, PartialObjectMetaExt},
     runtime::{WatchStreamExt, watcher},
 };
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use swallow_plan::{
     CreateRefused, Images, Observed, Peer, Phase, SeenGroup, SeenRevision, SeenRouter, Timestamp,
@@ -110,41 +112,19 @@ impl World {
         namespace: Option<&str>,
         tasks: &mut JoinSet<()>,
     ) -> Vec<watch::Receiver<bool>> {
-        let managed = watcher::Config::default().labels(labels::MANAGED);
-        let everything = watcher::Config::default();
         let to = Target { client, namespace };
         let mut synced = Vec::new();
         let world = self.clone();
-        let models = watcher(to.api(), everything);
+        let models = watcher(to.api(), watcher::Config::default());
         to.follow(
             self,
             |world| &world.models,
             models,
             tasks,
             &mut synced,
-            move |model| {
-                world.model_changed(model);
-            },
+            move |model| world.model_changed(model),
         );
-        let pods = watcher(to.api::<Pod>(), managed.clone());
-        to.follow(
-            self,
-            |world| &world.pods,
-            pods,
-            tasks,
-            &mut synced,
-            self.toucher(),
-        );
-        let deployments = watcher(to.api(), managed.clone());
-        to.follow(
-            self,
-            |world| &world.deployments,
-            deployments,
-            tasks,
-            &mut synced,
-            self.toucher(),
-        );
-        let revisions = watcher(to.api(), managed.clone());
+        let revisions = watcher(to.api(), managed());
         to.follow(
             self,
             |world| &world.revisions,
@@ -153,45 +133,12 @@ impl World {
             &mut synced,
             |_| {},
         );
-        let services = watcher(to.api::<PartialObjectMeta<Service>>(), managed.clone());
-        to.follow(
-            self,
-            |world| &world.services,
-            services,
-            tasks,
-            &mut synced,
-            self.toucher(),
-        );
-        let accounts = watcher(to.api::<PartialObjectMeta<ServiceAccount>>(), managed.clone());
-        to.follow(
-            self,
-            |world| &world.accounts,
-            accounts,
-            tasks,
-            &mut synced,
-            self.toucher(),
-        );
-        let budgets = watcher(
-            to.api::<PartialObjectMeta<PodDisruptionBudget>>(),
-            managed.clone(),
-        );
-        to.follow(
-            self,
-            |world| &world.budgets,
-            budgets,
-            tasks,
-            &mut synced,
-            self.toucher(),
-        );
-        let bindings = watcher(to.api::<PartialObjectMeta<RoleBinding>>(), managed);
-        to.follow(
-            self,
-            |world| &world.bindings,
-            bindings,
-            tasks,
-            &mut synced,
-            self.toucher(),
-        );
+        to.follow_ours(self, |world| &world.pods, tasks, &mut synced);
+        to.follow_ours(self, |world| &world.deployments, tasks, &mut synced);
+        to.follow_ours(self, |world| &world.services, tasks, &mut synced);
+        to.follow_ours(self, |world| &world.accounts, tasks, &mut synced);
+        to.follow_ours(self, |world| &world.budgets, tasks, &mut synced);
+        to.follow_ours(self, |world| &world.bindings, tasks, &mut synced);
         let failures = watcher::Config::default().fields("reason=FailedMount");
         let failures = watcher(to.api(), failures);
         let world = self.clone();
@@ -563,6 +510,26 @@ impl Target<'_> {
         }
     }
 
+    /// Follows objects that are made for models: a change of one is a reason to look at its model.
+    fn follow_ours<K>(
+        &self,
+        world: &Arc<World>,
+        cache: impl Fn(&World) -> &Cache<K> + Send + 'static,
+        tasks: &mut JoinSet<()>,
+        synced: &mut Vec<watch::Receiver<bool>>,
+    ) where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + Debug
+            + DeserializeOwned
+            + Send
+            + Sync
+            + 'static,
+    {
+        let stream = watcher(self.api::<K>(), managed());
+        self.follow(world, cache, stream, tasks, synced, world.toucher());
+    }
+
     fn follow<K>(
         &self,
         world: &Arc<World>,
@@ -586,6 +553,10 @@ impl Target<'_> {
 /// hours, and that is no standing still.
 fn waits_its_turn(phase: &Phase) -> bool {
     matches!(phase, Phase::Fetching(progress) if progress.bytes_total == 0)
+}
+
+fn managed() -> watcher::Config {
+    watcher::Config::default().labels(labels::MANAGED)
 }
 
 fn is_worker(pod: &Pod) -> bool {
