@@ -9,6 +9,8 @@ mod faults;
 #[path = "../support/mock_worker.rs"]
 mod mock_worker;
 mod panics;
+mod resume;
+mod shim;
 mod spread;
 mod streams;
 
@@ -310,4 +312,13 @@ fn worker_with(change: impl FnOnce(&mut Config)) -> MockWorker {
     let mut config = Config::default();
     change(&mut config);
     MockWorker::start(config)
+}
+
+/// One of two workers, and the other one, by where the request went.
+fn split(
+    workers: &mut [MockWorker; 2],
+    has: impl Fn(&MockWorker) -> bool,
+) -> (&mut MockWorker, &mut MockWorker) {
+    let [a, b] = workers;
+    if has(a) { (a, b) } else { (b, a) }
 }

@@ -1,0 +1,63 @@
+//! A TCP relay before a worker, for networks that fail without a word.
+
+use super::MockWorker;
+
+/// A TCP relay that can stop passing anything on while it keeps its connections.
+pub struct Shim {
+    pub address: std::net::SocketAddr,
+    passing: tokio::sync::watch::Sender<bool>,
+    _worker: MockWorker,
+}
+
+impl Shim {
+    pub async fn before(worker: MockWorker) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let target = worker.address;
+        let (passing, watching) = tokio::sync::watch::channel(true);
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                // Whoever comes later is accepted and gets no answer.
+                if !*watching.borrow() {
+                    std::mem::forget(near);
+                    continue;
+                }
+                let far = tokio::net::TcpStream::connect(target)
+                    .await
+                    .expect("the worker listens");
+                let ((near_read, near_write), (far_read, far_write)) = (near.into_split(), far.into_split());
+                tokio::spawn(relay(near_read, far_write, watching.clone()));
+                tokio::spawn(relay(far_read, near_write, watching.clone()));
+            }
+        });
+        Self {
+            address,
+            passing,
+            _worker: worker,
+        }
+    }
+
+    pub fn swallow(&mut self) {
+        self.passing.send_replace(false);
+    }
+}
+
+async fn relay(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    passing: tokio::sync::watch::Receiver<bool>,
+) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut buffer = vec![0; 64 << 10];
+    while let Ok(n @ 1..) = from.read(&mut buffer).await {
+        if !*passing.borrow() {
+            // Holds the connection and says nothing.
+            std::future::pending::<()>().await;
+        }
+        if to.write_all(&buffer[..n]).await.is_err() {
+            return;
+        }
+    }
+}
