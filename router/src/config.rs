@@ -1,10 +1,9 @@
 //! The command line, and what can be wrong with it. Nothing else configures a router, but for `RUST_LOG`.
 
-use std::{collections::HashSet, io::IsTerminal, net::SocketAddr};
+use std::{collections::HashSet, net::SocketAddr};
 
 use clap::Parser;
-use swallow_proto::launch::{LogFormat, RouterArgs};
-use tracing_subscriber::EnvFilter;
+use swallow_proto::launch::RouterArgs;
 
 use crate::discover::{Fixed, TwiceGiven};
 
@@ -27,9 +26,9 @@ pub struct Cli {
 /// A command line that can't be served. Every message names the flag.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// Both ports are the same.
-    #[error("--http-listen and --grpc-listen are both {0}; give each a port of its own")]
-    SamePort(SocketAddr),
+    /// Two ports are the same.
+    #[error("--{0} and --{1} are both {2}; give each a port of its own")]
+    SamePort(&'static str, &'static str, SocketAddr),
     /// A bound that lets nothing through.
     #[error("--{flag} must be at least {least}, and is {given}")]
     TooSmall {
@@ -56,8 +55,20 @@ const LEAST_BODY_BYTES: u64 = 1024;
 
 /// The replicas of a sound command line that are known from the start.
 pub fn check(args: &RouterArgs) -> Result<Fixed, ConfigError> {
-    if args.http_listen == args.grpc_listen && args.http_listen.port() != 0 {
-        return Err(ConfigError::SamePort(args.http_listen));
+    let ports = [
+        ("http-listen", Some(args.http_listen)),
+        ("grpc-listen", Some(args.grpc_listen)),
+        ("probe-listen", args.probe_listen),
+    ];
+    let ports = ports.map(|(flag, address)| Some((flag, address.filter(|address| address.port() != 0)?)));
+    for (i, a) in ports.iter().enumerate() {
+        for b in &ports[i + 1..] {
+            if let (Some((a, address)), Some((b, other))) = (a, b)
+                && address == other
+            {
+                return Err(ConfigError::SamePort(a, b, *address));
+            }
+        }
     }
     for (flag, given, least) in [
         ("max-queued-requests", u64::from(args.max_queued_requests), 1),
@@ -85,28 +96,6 @@ pub fn check(args: &RouterArgs) -> Result<Fixed, ConfigError> {
     Ok(Fixed::from_addresses(&args.replicas)?)
 }
 
-/// Begins to log, on standard error: `info` and above, unless `RUST_LOG` says otherwise.
-pub fn log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let logs = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
-    match format {
-        LogFormat::Text => logs.init(),
-        LogFormat::Json => logs.json().flatten_event(true).init(),
-    }
-    // A panic is a line like the others, with where it happened.
-    std::panic::set_hook(Box::new(|panic| {
-        let at = panic.location().map(ToString::to_string).unwrap_or_default();
-        tracing::error!(
-            at,
-            message = panic.payload_as_str().unwrap_or("no message"),
-            "panic"
-        );
-    }));
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +110,10 @@ mod tests {
             (
                 &["--http-listen=127.0.0.1:7000", "--grpc-listen=127.0.0.1:7000"][..],
                 "--http-listen",
+            ),
+            (
+                &["--http-listen=127.0.0.1:7000", "--probe-listen=127.0.0.1:7000"],
+                "--probe-listen",
             ),
             (&["--max-queued-requests=0"], "--max-queued-requests"),
             (&["--max-body-bytes=10"], "--max-body-bytes"),

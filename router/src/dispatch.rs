@@ -13,7 +13,7 @@ mod replicas;
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -40,8 +40,8 @@ use crate::{
     vital::Vitals,
 };
 
-/// How long a worker's engine may be silent. The CPU device takes seconds for a step of a few thousand prompt tokens;
-/// a request's own deadline binds earlier.
+/// How long a worker's engine may be silent at most, and as long as it is not known how long its steps take. The CPU
+/// device takes seconds for a step of a few thousand prompt tokens; a request's own deadline binds earlier.
 pub const PONG_LIMIT: Duration = Duration::from_secs(30);
 /// Tokens that wait for one client before it counts as gone: minutes of reading at the speed of any model.
 pub const BUFFERED_TOKENS_MAX: usize = 16_384;
@@ -59,7 +59,7 @@ pub struct DispatchConfig {
     pub max_buffered_tokens: usize,
     /// Between two pings of a session.
     pub ping_every: Duration,
-    /// A session whose engine has not answered for this long is lost.
+    /// A session whose engine has not answered for this long is lost; earlier, if its steps are short.
     pub pong_limit: Duration,
     /// Waits between attempts to reach a replica: the first, and what doubling leads to.
     pub reconnect: (Duration, Duration),
@@ -120,6 +120,8 @@ pub(crate) struct Shared {
     open: AtomicUsize,
     /// `open` became 0.
     all_closed: Notify,
+    /// See `Dispatcher::is_settled`; stays true. A probe reads it without waiting for the lock.
+    settled: AtomicBool,
     vitals: Vitals,
 }
 
@@ -141,6 +143,7 @@ impl Dispatcher {
             clock: Notify::new(),
             open: AtomicUsize::new(0),
             all_closed: Notify::new(),
+            settled: AtomicBool::new(false),
             vitals: Vitals::new(),
         });
         shared.declared(discovery.models());

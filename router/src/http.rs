@@ -1,44 +1,41 @@
 //! Sockets of both fronts: accept, limits, and an end within a deadline.
 //!
 //! axum's and tonic's own servers are not used: the one leaves Nagle's delay on, the other's request timeout stops at
-//! the response's headers and its graceful end may never come. Here every connection has no delay, bounded headers
-//! and a bounded time to send them, and shutting down ends when it should.
+//! the response's headers, its maximum age never says GOAWAY, and its graceful end may never come. Here the loop of
+//! every connection is ours: no delay, bounded headers and bodies and a bounded time to send them, an age at which
+//! clients are asked to come again elsewhere, and a shutdown that ends when it should.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+mod body;
+mod connection;
+
+use std::{
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
 
 use axum::{Router, body::Body};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
-use hyper::server::conn::{http1, http2};
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
-    service::TowerToHyperService,
-};
 use prometheus::IntGauge;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{Semaphore, watch},
     task::JoinSet,
 };
 
-/// Open connections of one port. Each may carry many streams.
+pub use body::Stalled;
+
+use connection::Connection;
+
+/// Open connections, unless a limit on file descriptors is lower. Each may carry many streams.
 const MAX_CONNECTIONS: usize = 16 << 10;
-/// A client that has not sent its request's headers by then is cut; so is a connection that was idle so long.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
-/// A client that has said nothing at all by then is cut.
-const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between two pieces of a request's body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-/// Headers of one request.
-const MAX_HEADER_BYTES: usize = 16 << 10;
-const MAX_HEADERS: usize = 100;
-/// Requests at once on one HTTP/2 connection.
-const MAX_STREAMS: u32 = 1024;
-/// A silent HTTP/2 peer is asked for a sign of life, and has as long to give it.
-const KEEPALIVE: Duration = Duration::from_secs(20);
+/// File descriptors that are not for clients: sessions with workers, files, the API server.
+const RESERVED_FILES: usize = 128;
 /// After a failed accept, as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Bodies of all requests together while they are read: beyond it requests are refused, so that many large ones at
+/// once cannot take all memory.
+const BODY_BYTES_MAX: usize = 256 << 20;
 
 /// What a port speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +54,78 @@ impl Protocol {
             Self::Grpc => "grpc",
         }
     }
+}
+
+/// How patient a port is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// A client that has not sent its first request's headers by then, or those of a later one so long after their
+    /// first byte, is cut; so is one that has not finished HTTP/2's preface.
+    pub head: Duration,
+    /// A request's body is waited for so long, and longer for what has come of it.
+    pub body: Duration,
+    /// A connection without a request is closed after this.
+    pub idle: Duration,
+    /// At this age, a tenth more or less, a client is told to open a new connection, so that load spreads over routers
+    /// that came later. `None`: never.
+    pub age: Option<Duration>,
+    /// Streams that are open at that age have so long to end.
+    pub grace: Duration,
+    /// A silent HTTP/2 peer is asked for a sign of life, and has as long to give it.
+    pub keepalive: Duration,
+}
+
+impl Limits {
+    /// Of a protocol, where nothing else is configured.
+    pub fn of(protocol: Protocol) -> Self {
+        Self {
+            head: Duration::from_secs(10),
+            body: Duration::from_secs(30),
+            idle: match protocol {
+                // Longer than what pools of clients and proxies keep a connection for.
+                Protocol::Http => Duration::from_secs(75),
+                Protocol::Grpc => Duration::from_secs(900),
+            },
+            age: Some(Duration::from_secs(1800)),
+            grace: Duration::from_secs(1800),
+            keepalive: Duration::from_secs(5),
+        }
+    }
+}
+
+/// How many connections may be open, over all ports. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Places {
+    connections: Arc<Semaphore>,
+    body_bytes: Arc<AtomicUsize>,
+}
+
+impl Places {
+    /// For a process that may open so many files.
+    pub fn new(files: usize) -> Self {
+        let connections = MAX_CONNECTIONS.min(files.saturating_sub(RESERVED_FILES)).max(1);
+        Self {
+            connections: Arc::new(Semaphore::new(connections)),
+            body_bytes: Arc::default(),
+        }
+    }
+}
+
+/// A port to serve.
+#[derive(Debug)]
+pub struct Port {
+    /// Bound.
+    pub listener: TcpListener,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// What answers.
+    pub router: Router,
+    /// Counts open connections.
+    pub open: IntGauge,
+    /// How patient it is.
+    pub limits: Limits,
+    /// Shared by all ports of a process.
+    pub places: Places,
 }
 
 /// Tells servers to stop accepting and then, by its time, to be gone.
@@ -107,31 +176,38 @@ impl Shutdown {
 }
 
 /// Accepts until the shutdown begins, then waits for what runs, not longer than it says. True: all was finished.
-pub async fn serve(
-    listener: TcpListener,
-    protocol: Protocol,
-    router: Router,
-    open: IntGauge,
-    mut shutdown: Shutdown,
-) -> bool {
-    let graceful = GracefulShutdown::new();
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+pub async fn serve(port: Port, mut shutdown: Shutdown) -> bool {
+    let Port {
+        listener,
+        protocol,
+        router,
+        open,
+        limits,
+        places,
+    } = port;
     let mut connections: JoinSet<()> = JoinSet::new();
-    let deadline = loop {
-        let permit = Arc::clone(&permits).acquire_owned();
+    let mut deadline = loop {
+        let permit = Arc::clone(&places.connections).acquire_owned();
         let accepted = async { (permit.await.expect("never closed"), listener.accept().await) };
         tokio::select! {
             deadline = shutdown.begun() => break deadline,
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
             (permit, accepted) = accepted => match accepted {
                 Ok((stream, peer)) => {
-                    let connection = Connection { stream, peer, protocol, router: router.clone() };
-                    let watcher = graceful.watcher();
+                    let connection = Connection {
+                        stream,
+                        peer,
+                        protocol,
+                        router: router.clone(),
+                        limits,
+                        body_bytes: Arc::clone(&places.body_bytes),
+                        shutdown: shutdown.clone(),
+                    };
                     let open = open.clone();
                     connections.spawn(async move {
                         let _permit = permit;
                         let _open = Open::new(open);
-                        connection.run(watcher).await;
+                        connection.run().await;
                     });
                 }
                 Err(error) => {
@@ -142,12 +218,9 @@ pub async fn serve(
         }
     };
     drop(listener);
-    let all = graceful.shutdown();
-    tokio::pin!(all);
-    let mut deadline = deadline;
     let finished = loop {
         tokio::select! {
-            () = &mut all => break true,
+            ended = connections.join_next() => if ended.is_none() { break true },
             () = tokio::time::sleep_until(deadline) => break false,
             sooner = shutdown.changed() => deadline = sooner,
         }
@@ -172,72 +245,15 @@ impl Drop for Open {
     }
 }
 
-struct Connection {
-    stream: TcpStream,
-    peer: SocketAddr,
-    protocol: Protocol,
-    router: Router,
-}
-
-impl Connection {
-    async fn run(self, watcher: hyper_util::server::graceful::Watcher) {
-        if let Err(error) = self.serve(watcher).await {
-            // Clients that leave are no event of ours.
-            tracing::debug!(%error, "a connection ended");
-        }
-    }
-
-    async fn serve(
-        self,
-        watcher: hyper_util::server::graceful::Watcher,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let Self {
-            stream,
-            peer,
-            protocol,
-            router,
-        } = self;
-        // A token is a packet of its own: waiting for more to fill it would add 40 ms.
-        stream.set_nodelay(true)?;
-        tokio::time::timeout(FIRST_BYTE_TIMEOUT, stream.readable())
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("{peer} said nothing")))??;
-        let service = TowerToHyperService::new(router);
-        let io = TokioIo::new(stream);
-        match protocol {
-            Protocol::Http => {
-                let mut builder = http1::Builder::new();
-                builder
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEADER_TIMEOUT)
-                    .max_headers(MAX_HEADERS)
-                    .max_buf_size(MAX_HEADER_BYTES);
-                watcher.watch(builder.serve_connection(io, service)).await?;
-            }
-            Protocol::Grpc => {
-                let mut builder = http2::Builder::new(TokioExecutor::new());
-                builder
-                    .timer(TokioTimer::new())
-                    .keep_alive_interval(KEEPALIVE)
-                    .keep_alive_timeout(KEEPALIVE)
-                    .max_header_list_size(MAX_HEADER_BYTES as u32)
-                    .max_concurrent_streams(MAX_STREAMS);
-                watcher.watch(builder.serve_connection(io, service)).await?;
-            }
-        }
-        Ok(())
-    }
-}
-
 /// A request's body that can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
     /// It is larger than allowed.
     #[error("the request's body exceeds {0} bytes")]
     TooLarge(usize),
-    /// Nothing more came.
-    #[error("the request's body stopped coming for {} s", BODY_TIMEOUT.as_secs())]
-    Slow,
+    /// It is not waited for any longer.
+    #[error(transparent)]
+    Stalled(Stalled),
     /// The client broke it off.
     #[error("the request's body was broken off: {0}")]
     Broken(String),
@@ -250,14 +266,11 @@ pub async fn read_body(mut body: Body, limit: usize) -> Result<Bytes, BodyError>
         return Err(BodyError::TooLarge(limit));
     }
     let mut whole = BytesMut::new();
-    loop {
-        let frame = tokio::time::timeout(BODY_TIMEOUT, body.frame())
-            .await
-            .map_err(|_| BodyError::Slow)?;
-        let Some(frame) = frame else {
-            return Ok(whole.freeze());
-        };
-        let frame = frame.map_err(|error| BodyError::Broken(error.to_string()))?;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| match Stalled::within(&error) {
+            Some(stalled) => BodyError::Stalled(stalled),
+            None => BodyError::Broken(error.to_string()),
+        })?;
         if let Some(data) = frame.data_ref() {
             if whole.len() + data.len() > limit {
                 return Err(BodyError::TooLarge(limit));
@@ -265,4 +278,5 @@ pub async fn read_body(mut body: Body, limit: usize) -> Result<Bytes, BodyError>
             whole.extend_from_slice(data);
         }
     }
+    Ok(whole.freeze())
 }

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::Parser;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use swallow_proto::launch::RouterArgs;
 use swallow_router::{
     config::{self, Cli},
@@ -10,9 +11,10 @@ use swallow_router::{
     dispatch::{Dispatcher, Supervisor},
     generate::Door,
     grpc,
-    http::{self, Protocol, ShutdownHandle},
+    http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
+    log,
     metrics::Metrics,
-    openai,
+    openai, probe,
     vital::Panicked,
 };
 use tokio::{
@@ -58,7 +60,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    config::log(args.log_format);
+    let log = log::start(args.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         runtime.shutdown_background();
         outcome
     });
+    log.flush();
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -86,12 +89,28 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     let (dispatcher, supervisor) = dispatch(args, fixed, &metrics)?;
     let vitals = supervisor.vitals();
     let door = Door::new(Arc::new(dispatcher), Arc::clone(&metrics));
+    if let Some(address) = args.probe_listen {
+        let listening = probe::listen(address, door.clone()).map_err(|source| RunError::Listen {
+            flag: "probe-listen",
+            address,
+            source,
+        })?;
+        info!(protocol = "probes", address = %listening, "listening");
+    }
     let health = grpc::Health::new();
     let max_bytes = args.max_body_bytes as usize;
     let (shutdown_handle, shutdown) = ShutdownHandle::new();
+    let places = Places::new(open_files());
     let serve = |listener, protocol: Protocol, router| {
-        let open = metrics.connections(protocol.label());
-        let serving = http::serve(listener, protocol, router, open, shutdown.clone());
+        let port = Port {
+            listener,
+            protocol,
+            router,
+            open: metrics.connections(protocol.label()),
+            limits: limits(args, protocol),
+            places: places.clone(),
+        };
+        let serving = http::serve(port, shutdown.clone());
         tokio::spawn(
             vitals
                 .clone()
@@ -183,6 +202,23 @@ fn dispatch(
         observer: metrics.clone(),
     };
     Ok(Dispatcher::start(args.into(), cluster, metrics.clone()))
+}
+
+fn limits(args: &RouterArgs, protocol: Protocol) -> Limits {
+    let age = args.max_connection_seconds;
+    Limits {
+        age: (age > 0).then(|| Duration::from_secs(age.into())),
+        grace: Duration::from_secs(args.connection_grace_seconds.into()),
+        ..Limits::of(protocol)
+    }
+}
+
+/// How many files this process may open, after asking for as many as it may ask for.
+fn open_files() -> usize {
+    // Without an answer: what every system grants.
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+    let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok();
+    usize::try_from(if raised { hard } else { soft }).unwrap_or(usize::MAX)
 }
 
 async fn listen(flag: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {

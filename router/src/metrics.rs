@@ -86,6 +86,8 @@ impl Metrics {
             let seconds = since.map_or(0.0, |since| since.elapsed().as_secs_f64());
             self.discovery.stale.with_label_values(&[model]).set(seconds);
         }
+        let dropped = &self.calls.log_lines_dropped;
+        dropped.inc_by(crate::log::dropped().saturating_sub(dropped.get()));
         let mut text = Vec::new();
         TextEncoder::new()
             .encode(&self.registry.gather(), &mut text)

@@ -41,6 +41,11 @@ const FRAME_BYTES_MAX: usize = 64 << 20;
 const WINDOW_BYTES: u32 = 4 << 20;
 /// How long the worker has to close its end after our Goodbye.
 const GOODBYE_LIMIT: Duration = Duration::from_millis(500);
+/// However short its steps: a scheduler that stood still for a moment is not a wedged device.
+const SILENCE_MIN: Duration = Duration::from_secs(2);
+/// An engine answers between two steps. A step may take longer than the measured rate says, as at the end of a long
+/// context.
+const SILENCE_STEPS: u32 = 8;
 /// A worker that serves something else is asked again after this time: it may be replaced.
 const UNUSABLE_PAUSE: Duration = Duration::from_secs(5);
 /// A session that lived this long starts the pauses over.
@@ -155,6 +160,8 @@ async fn session(shared: &Arc<Shared>, target: &Target) -> Lost {
         target,
         link: &link,
         engine: Pings::default(),
+        max_step_tokens: welcome.capacity.map_or(0, |capacity| capacity.max_step_tokens),
+        silence_max: shared.config.pong_limit,
         kv_seq: 0,
         going: false,
     };
@@ -286,6 +293,9 @@ struct Session<'a> {
     target: &'a Target,
     link: &'a Arc<Link>,
     engine: Pings,
+    max_step_tokens: u32,
+    /// How long its engine may be silent, by how long its steps take.
+    silence_max: Duration,
     kv_seq: u64,
     /// Nobody new; the session ends with its last stream.
     going: bool,
@@ -299,6 +309,9 @@ impl Session<'_> {
         mut inbound: Streaming<SessionResponse>,
         welcome: &Welcome,
     ) -> Result<&'static str, Lost> {
+        if let Some(capacity) = &welcome.capacity {
+            self.expect_steps(capacity.prefill_tokens_per_second);
+        }
         let files = welcome.model.as_ref().map_or(&[][..], |model| &model.files);
         let mut fetch = pin!(self.shared.files.files(&mut client, files));
         let mut fetched = false;
@@ -342,7 +355,10 @@ impl Session<'_> {
                 self.shared.heard(self.link, heard);
             }
             Frame::Credit(credit) => self.shared.credit(self.link, credit.add_submits),
-            Frame::Load(report) => self.shared.load(self.link, &report),
+            Frame::Load(report) => {
+                self.expect_steps(report.prefill_tokens_per_second);
+                self.shared.load(self.link, &report);
+            }
             Frame::Kv(events) => {
                 let missed = events.seq != self.kv_seq + 1 && !events.snapshot;
                 self.kv_seq = events.seq;
@@ -365,11 +381,20 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// It computes so many prompt tokens a second; 0: it does not know yet.
+    fn expect_steps(&mut self, prefill_tokens_per_second: u32) {
+        if prefill_tokens_per_second > 0 {
+            let step = f64::from(self.max_step_tokens) / f64::from(prefill_tokens_per_second);
+            let steps = Duration::from_secs_f64(step) * SILENCE_STEPS;
+            self.silence_max = steps.max(SILENCE_MIN).min(self.shared.config.pong_limit);
+        }
+    }
+
     /// Asks the engine for a sign of life; one question at a time, so that the answer's age is its silence.
     fn ping(&mut self) -> Result<(), Lost> {
         if let Some((_, since)) = self.engine.sent {
             let silent = since.elapsed();
-            return if silent >= self.shared.config.pong_limit {
+            return if silent >= self.silence_max {
                 Err(Lost::Wedged(silent))
             } else {
                 Ok(())

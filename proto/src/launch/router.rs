@@ -120,6 +120,9 @@ pub struct RouterArgs {
     /// Where OpenAI clients connect; /metrics, /health and /readyz are here too
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
     pub http_listen: SocketAddr,
+    /// Where /health and /readyz are answered by threads that serve nothing else, however busy the router is
+    #[arg(long, value_name = "ADDR")]
+    pub probe_listen: Option<SocketAddr>,
     /// A replica: NAME[,ALIAS...]=HOST:PORT; repeat for each
     #[arg(long = "replica", value_name = "REPLICA")]
     pub replicas: Vec<ReplicaAddress>,
@@ -145,6 +148,13 @@ pub struct RouterArgs {
     /// Largest request body or message
     #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
     pub max_body_bytes: u32,
+    /// At this age, a tenth more or less, a client is told to open a new connection, so that load spreads over routers
+    /// that came later; 0 is never
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    pub max_connection_seconds: u32,
+    /// How long streams on a connection of that age may go on
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    pub connection_grace_seconds: u32,
     /// How long new requests are still served after SIGTERM, while readiness is false already: the time that it takes
     /// load balancers and kube-proxy to send them elsewhere
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
@@ -163,6 +173,7 @@ impl RouterArgs {
         let mut argv = Argv(Vec::new());
         argv.flag("grpc-listen", self.grpc_listen);
         argv.flag("http-listen", self.http_listen);
+        argv.optional("probe-listen", self.probe_listen.as_ref());
         argv.each("replica", &self.replicas);
         argv.each("discover", &self.discover);
         argv.optional("namespace", self.namespace.as_ref());
@@ -171,6 +182,8 @@ impl RouterArgs {
         argv.flag("max-queued-bytes", self.max_queued_bytes);
         argv.flag("max-queue-seconds", self.max_queue_seconds);
         argv.flag("max-body-bytes", self.max_body_bytes);
+        argv.flag("max-connection-seconds", self.max_connection_seconds);
+        argv.flag("connection-grace-seconds", self.connection_grace_seconds);
         argv.flag("shutdown-delay-seconds", self.shutdown_delay_seconds);
         argv.flag("drain-timeout-seconds", self.drain_timeout_seconds);
         argv.choice("log-format", self.log_format);
@@ -208,6 +221,8 @@ mod tests {
             replicas,
             discover,
             namespace: Some("team-a".into()),
+            probe_listen: Some(([0, 0, 0, 0], 8081).into()),
+            max_connection_seconds: 0,
             shutdown_delay_seconds: 5,
             max_queued_bytes: 1 << 40,
             log_format: LogFormat::Json,

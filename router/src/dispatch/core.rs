@@ -36,8 +36,6 @@ pub(crate) struct Core {
     pub cut: bool,
     /// When discovery gave its first set.
     pub discovered: Option<Duration>,
-    /// See `Dispatcher::is_settled`; stays true.
-    settled: bool,
     /// When resting replicas may be tried that somebody waits for.
     rested: BTreeSet<(Duration, ModelId)>,
     next_request: u64,
@@ -101,7 +99,6 @@ impl Core {
             stopping: false,
             cut: false,
             discovered: None,
-            settled: false,
             rested: BTreeSet::new(),
             next_request: 0,
             next_replica: 0,
@@ -136,14 +133,12 @@ impl Core {
     }
 
     /// Whether every replica of discovery's first set was tried, or had until `limit` after it.
-    pub fn settle(&mut self, now: Duration, limit: Duration) -> bool {
+    pub fn settle(&self, now: Duration, limit: Duration) -> bool {
         let Some(discovered) = self.discovered else {
             return false;
         };
         let is_through = |known: &Known| known.tried || known.leave.is_cancelled();
-        self.settled =
-            self.settled || now.saturating_sub(discovered) >= limit || self.replicas.values().all(is_through);
-        self.settled
+        now.saturating_sub(discovered) >= limit || self.replicas.values().all(is_through)
     }
 
     /// When the clock has something to do.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use swallow_policy::{Capacity, Fleet, Load, ModelId, ReplicaId, Ticket};
@@ -70,8 +70,13 @@ impl Shared {
 
     /// See `Dispatcher::is_settled`.
     pub fn is_settled(&self) -> bool {
+        if self.settled.load(Ordering::Acquire) {
+            return true;
+        }
         let now = self.now();
-        self.lock().settle(now, SETTLE_LIMIT)
+        let settled = self.lock().settle(now, SETTLE_LIMIT);
+        self.settled.store(settled, Ordering::Release);
+        settled
     }
 
     /// A session's task is over for good.

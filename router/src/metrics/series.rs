@@ -1,8 +1,8 @@
 //! The series, in groups of what feeds them.
 
 use prometheus::{
-    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    exponential_buckets,
+    GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, exponential_buckets,
 };
 
 use super::Stage;
@@ -65,6 +65,7 @@ pub(super) struct Calls {
     pub connections: IntGaugeVec,
     pub panics: IntCounterVec,
     pub overhead: [Histogram; Stage::ALL.len()],
+    pub log_lines_dropped: IntCounter,
 }
 
 impl Calls {
@@ -95,6 +96,13 @@ impl Calls {
                 "Requests that ended because the router itself failed on them.",
                 &["protocol"],
             ),
+            log_lines_dropped: make
+                .counter(
+                    "log_lines_dropped_total",
+                    "Log lines that whoever reads them did not take in time.",
+                    &[],
+                )
+                .with_label_values::<&str>(&[]),
             overhead: Stage::ALL.map(|stage| overhead.with_label_values(&[stage.label()])),
         }
     }

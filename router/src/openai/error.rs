@@ -11,7 +11,7 @@ use tonic::Code;
 use crate::{
     ask::Refusal,
     generate::{Fault, Invalid},
-    http::BodyError,
+    http::{BodyError, Stalled},
 };
 
 /// Why a request gets no answer.
@@ -49,7 +49,8 @@ impl Problem {
         match self {
             Self::Fault(fault) => status(fault.code()),
             Self::Body(BodyError::TooLarge(_)) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Body(BodyError::Slow) => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(BodyError::Stalled(Stalled::Silent(_))) => StatusCode::REQUEST_TIMEOUT,
+            Self::Body(BodyError::Stalled(Stalled::Crowded)) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Body(BodyError::Broken(_)) => StatusCode::BAD_REQUEST,
             Self::NoRoute(_) => StatusCode::NOT_FOUND,
             Self::NoMethod(_) => StatusCode::METHOD_NOT_ALLOWED,

@@ -1,4 +1,5 @@
-//! A TCP relay before a worker, for networks that fail without a word.
+//! A TCP relay, for networks that fail without a word.
+#![allow(dead_code)] // Each test binary uses its part of it.
 
 use super::MockWorker;
 
@@ -6,16 +7,25 @@ use super::MockWorker;
 pub struct Shim {
     pub address: std::net::SocketAddr,
     passing: tokio::sync::watch::Sender<bool>,
-    _worker: MockWorker,
+    _worker: Option<MockWorker>,
 }
 
 impl Shim {
+    /// Before a worker, which it keeps.
     pub async fn before(worker: MockWorker) -> Self {
+        let address = worker.address;
+        Self {
+            _worker: Some(worker),
+            ..Self::before_address(address).await
+        }
+    }
+
+    /// Before whoever listens there.
+    pub async fn before_address(target: std::net::SocketAddr) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
             .await
             .expect("a port");
         let address = listener.local_addr().expect("bound");
-        let target = worker.address;
         let (passing, watching) = tokio::sync::watch::channel(true);
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
@@ -35,7 +45,7 @@ impl Shim {
         Self {
             address,
             passing,
-            _worker: worker,
+            _worker: None,
         }
     }
 

@@ -20,7 +20,7 @@ use swallow_router::{
     fleet::{ModelEntry, ModelFile, ModelFiles},
     generate::Door,
     grpc::{self, Health},
-    http::{self, Protocol, ShutdownHandle},
+    http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
     metrics::Metrics,
     openai,
 };
@@ -219,9 +219,17 @@ pub async fn start(script: impl Fn(&Ask) -> Result<Events, Refusal> + Send + Syn
         (http, Protocol::Http, openai::router(door.clone(), MAX_BODY)),
         (grpc, Protocol::Grpc, grpc::router(&door, &health, MAX_BODY)),
     ];
+    let places = Places::new(1024);
     let serve = |(listener, protocol, router): (TcpListener, Protocol, axum::Router)| {
-        let open = metrics.connections(protocol.label());
-        tokio::spawn(http::serve(listener, protocol, router, open, watch.clone()))
+        let port = Port {
+            listener,
+            protocol,
+            router,
+            open: metrics.connections(protocol.label()),
+            limits: Limits::of(protocol),
+            places: places.clone(),
+        };
+        tokio::spawn(http::serve(port, watch.clone()))
     };
     tokio::spawn(health.watch(door.clone()));
     let servers = servers.into_iter().map(serve).collect();

@@ -13,7 +13,7 @@ use swallow_rpc::worker::v1::{
 use tokio::{sync::mpsc, time::Instant};
 use tonic::Status;
 
-use super::{Config, Inner, POISON, digest, logprob, token};
+use super::{Config, Inner, POISON, digest, letter, logprob, token};
 
 /// A request's candidate.
 pub(super) struct Sequence {
@@ -145,7 +145,8 @@ impl Engine {
                     self.dead = true;
                     return;
                 }
-                if self.config.stall {
+                let marked = self.config.stall_marker == Some(sequence.request.prompt_ids[0]);
+                if self.config.stall || marked {
                     None
                 } else {
                     self.advance(&mut sequence, frame, &mut budget, &mut stored)
@@ -222,7 +223,10 @@ impl Engine {
         let resumed = request.resumed_tokens as usize;
         let own = &request.prompt_ids[..request.prompt_ids.len() - resumed];
         let index = request.resumed_tokens + sequence.emitted;
-        let id = token(own, seed, request.candidate, index);
+        let mut id = token(own, seed, request.candidate, index);
+        if self.config.letters {
+            id = letter(id);
+        }
         frame.handle.push(request.handle);
         frame.token_id.push(id);
         if request.logprobs.is_some() {

@@ -50,6 +50,11 @@ pub fn token(prompt: &[u32], seed: u64, candidate: u32, index: u32) -> u32 {
     (hash >> 20) as u32 % (VOCABULARY - 1)
 }
 
+/// A letter in its place, for a vocabulary of bytes.
+pub fn letter(token: u32) -> u32 {
+    u32::from(b'a') + token % 26
+}
+
 /// The log-probability that goes with a token.
 pub fn logprob(token: u32) -> f32 {
     -((token % 97) as f32) / 16.0
@@ -68,6 +73,8 @@ pub struct Config {
     pub credits: u32,
     pub step_tokens: usize,
     pub prefill_tokens_per_second: u32,
+    /// It generates letters.
+    pub letters: bool,
 
     /// Time of a step.
     pub step: Duration,
@@ -77,6 +84,8 @@ pub struct Config {
     pub hold: bool,
     /// Begun requests get no token.
     pub stall: bool,
+    /// Nor do those, ever, whose prompt begins with this.
+    pub stall_marker: Option<u32>,
     /// The next so many requests end like this.
     pub turn_away: Option<(usize, Reason, String)>,
     /// Credits come back as requests end.
@@ -104,10 +113,12 @@ impl Default for Config {
             credits: 64,
             step_tokens: 2048,
             prefill_tokens_per_second: 100_000,
+            letters: false,
             step: Duration::from_millis(1),
             wedged: false,
             hold: false,
             stall: false,
+            stall_marker: None,
             turn_away: None,
             give_credits: true,
             die_after: None,

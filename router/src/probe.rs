@@ -1,0 +1,77 @@
+//! Probes on a port and threads of their own: a router that is busy to the last thread of its runtime, or has no file
+//! descriptor left for clients, still says that it lives.
+//!
+//! `/health` is liveness: the process is there. `/readyz` is readiness, as on the HTTP port. Nothing here waits for the
+//! runtime or for a lock that is held for long.
+
+use std::{
+    io::{self, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
+
+use crate::generate::Door;
+
+/// Probes that may come at the same time; one that hangs leaves the others.
+const THREADS: usize = 2;
+/// A prober that has not said or taken everything by then is left.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// The line that names a path comes first.
+const HEAD_BYTES_MAX: usize = 2048;
+
+/// Answers probes at `address` from now on, for as long as the process lives.
+///
+/// # Errors
+/// The port is taken, or there are no threads.
+pub fn listen(address: SocketAddr, door: Door) -> io::Result<SocketAddr> {
+    let listener = TcpListener::bind(address)?;
+    let bound = listener.local_addr()?;
+    for i in 0..THREADS {
+        let (listener, door) = (listener.try_clone()?, door.clone());
+        std::thread::Builder::new()
+            .name(format!("probe {i}"))
+            .spawn(move || {
+                loop {
+                    match listener.accept() {
+                        // A prober that leaves is no event.
+                        Ok((stream, _)) => drop(answer(stream, &door)),
+                        Err(_) => std::thread::sleep(PATIENCE / 10),
+                    }
+                }
+            })?;
+    }
+    Ok(bound)
+}
+
+fn answer(mut stream: TcpStream, door: &Door) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut head = Vec::new();
+    let mut piece = [0; 512];
+    while !head.windows(2).any(|end| end == b"\r\n") {
+        let read = stream.read(&mut piece)?;
+        head.extend_from_slice(&piece[..read]);
+        if read == 0 || head.len() > HEAD_BYTES_MAX {
+            return Ok(());
+        }
+    }
+    let (status, text) = match path(&head) {
+        Some("/health" | "/healthz" | "/livez") => ("200 OK", "ok"),
+        Some("/readyz") if door.is_ready() => ("200 OK", "ready"),
+        Some("/readyz") => ("503 Service Unavailable", "not ready"),
+        _ => ("404 Not Found", "there are /health and /readyz here"),
+    };
+    let length = text.len() + 1;
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\ncontent-type: text/plain\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{text}\n"
+    )
+}
+
+/// Of `GET PATH HTTP/1.1`, without its query.
+fn path(head: &[u8]) -> Option<&str> {
+    let line = head.split(|&byte| byte == b'\r').next()?;
+    let mut words = std::str::from_utf8(line).ok()?.split(' ');
+    let (method, path) = (words.next()?, words.next()?);
+    matches!(method, "GET" | "HEAD").then(|| path.split('?').next())?
+}

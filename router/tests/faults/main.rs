@@ -1,0 +1,200 @@
+//! The whole router, over real sockets at both ends: clients that leave, lie, flood, crawl and hang, and a machine that
+//! runs out of what it has.
+
+mod clients;
+mod floods;
+mod garbage;
+#[path = "../support/mock_worker.rs"]
+mod mock_worker;
+mod process;
+#[path = "../dispatch/shim.rs"]
+mod shim;
+mod slow;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use mock_worker::{Config, MockWorker};
+use swallow_router::{
+    discover::{Fixed, Replica},
+    dispatch::{BUFFERED_TOKENS_MAX, Counts, DispatchConfig, Dispatcher, Supervisor},
+    generate::Door,
+    grpc::{self, Health},
+    http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
+    metrics::Metrics,
+    openai,
+};
+use swallow_rpc::inference::v1::{
+    self as wire, generate_request::Prompt, generation_service_client::GenerationServiceClient,
+};
+use tokio::{net::TcpListener, time::Instant};
+use tonic::transport::Channel;
+
+/// How long a test waits for what must happen. Far above what it takes, for slow machines.
+const LIMIT: Duration = Duration::from_secs(20);
+/// Largest request body.
+const MAX_BODY: usize = 1 << 20;
+
+/// A router before some workers.
+struct House {
+    http: SocketAddr,
+    grpc: SocketAddr,
+    dispatcher: Dispatcher,
+    door: Door,
+    shutdown: ShutdownHandle,
+    _supervisor: Supervisor,
+}
+
+/// Workers that speak letters and take bytes.
+fn worker(change: impl FnOnce(&mut Config)) -> MockWorker {
+    let mut config = Config {
+        letters: true,
+        vocab_size: 262,
+        files: [
+            (
+                "tokenizer.json".to_owned(),
+                support::byte_tokenizer().to_string().into_bytes(),
+            ),
+            (
+                "tokenizer_config.json".to_owned(),
+                support::tokenizer_config().to_string().into_bytes(),
+            ),
+        ]
+        .into(),
+        ..Config::default()
+    };
+    change(&mut config);
+    MockWorker::start(config)
+}
+
+/// All workers serve "m".
+async fn house(workers: &[&MockWorker], change: impl Fn(&mut Limits)) -> House {
+    let replicas = workers.iter().map(|worker| worker.address);
+    house_before(replicas, change).await
+}
+
+async fn house_before(replicas: impl Iterator<Item = SocketAddr>, change: impl Fn(&mut Limits)) -> House {
+    let set: Vec<Replica> = replicas
+        .map(|address| Replica {
+            id: address.to_string(),
+            incarnation: String::new(),
+            served_names: vec!["m".into()],
+            address: address.to_string(),
+        })
+        .collect();
+    let n_replicas = set.len();
+    let metrics = Arc::new(Metrics::new());
+    let config = DispatchConfig {
+        router_id: "test".into(),
+        queue: swallow_policy::Limits {
+            requests: 1000,
+            tokens: 1_000_000,
+            bytes: 100 << 20,
+        },
+        max_queue_wait: LIMIT,
+        max_buffered_tokens: BUFFERED_TOKENS_MAX,
+        ping_every: Duration::from_millis(100),
+        pong_limit: Duration::from_secs(10),
+        reconnect: (Duration::from_millis(10), Duration::from_millis(50)),
+    };
+    let (dispatcher, supervisor) = Dispatcher::start(config, Fixed(set), metrics.clone());
+    let door = Door::new(Arc::new(dispatcher.clone()), metrics);
+    let (shutdown, watch) = ShutdownHandle::new();
+    let health = Health::new();
+    let places = Places::new(4096);
+    let mut addresses = Vec::new();
+    for (protocol, router) in [
+        (Protocol::Http, openai::router(door.clone(), MAX_BODY)),
+        (Protocol::Grpc, grpc::router(&door, &health, MAX_BODY)),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        addresses.push(listener.local_addr().expect("bound"));
+        let mut limits = Limits::of(protocol);
+        change(&mut limits);
+        let port = Port {
+            listener,
+            protocol,
+            router,
+            open: door.metrics().connections(protocol.label()),
+            limits,
+            places: places.clone(),
+        };
+        tokio::spawn(http::serve(port, watch.clone()));
+    }
+    let house = House {
+        http: addresses[0],
+        grpc: addresses[1],
+        dispatcher,
+        door,
+        shutdown,
+        _supervisor: supervisor,
+    };
+    until("the replicas are ready", || {
+        house
+            .dispatcher
+            .model("m")
+            .is_some_and(|entry| entry.ready_replicas == n_replicas)
+    })
+    .await;
+    house
+}
+
+impl House {
+    /// Nothing is held: no handle, no place in the queue, no work, and all `credits` are back.
+    async fn settles(&self, credits: i64) {
+        let rest = Counts {
+            credits,
+            ..Counts::default()
+        };
+        let held = || Counts {
+            cached_keys: 0,
+            ..self.dispatcher.counts()
+        };
+        until(&format!("nothing is held; {:?}", held()), || held() == rest).await;
+    }
+
+    async fn channel(&self) -> GenerationServiceClient<Channel> {
+        channel(self.grpc).await
+    }
+
+    /// A series of the metrics page.
+    fn metric(&self, series: &str) -> f64 {
+        let (text, _) = self.door.metrics().text();
+        let line = text.lines().find_map(|line| line.strip_prefix(series));
+        line.map_or(0.0, |value| value.trim().parse().expect("a number"))
+    }
+}
+
+async fn channel(address: SocketAddr) -> GenerationServiceClient<Channel> {
+    let channel = Channel::from_shared(format!("http://{address}"))
+        .expect("an address")
+        .connect()
+        .await
+        .expect("the router listens");
+    GenerationServiceClient::new(channel)
+}
+
+/// A request in bytes.
+fn asked(prompt: &str, max_tokens: u32) -> wire::GenerateRequest {
+    wire::GenerateRequest {
+        model: "m".into(),
+        prompt: Some(Prompt::TokenIds(wire::TokenIds {
+            ids: prompt.bytes().map(u32::from).collect(),
+        })),
+        stop: Some(wire::StopCriteria {
+            max_output_tokens: Some(max_tokens),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+/// Waits for a condition that nobody announces.
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < LIMIT, "waited in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
