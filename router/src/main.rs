@@ -205,11 +205,16 @@ fn dispatch(
 }
 
 fn limits(args: &RouterArgs, protocol: Protocol) -> Limits {
-    let age = args.max_connection_seconds;
+    let seconds = |given: u32| Duration::from_secs(given.into());
+    let usual = Limits::of(protocol);
     Limits {
-        age: (age > 0).then(|| Duration::from_secs(age.into())),
-        grace: Duration::from_secs(args.connection_grace_seconds.into()),
-        ..Limits::of(protocol)
+        age: match args.max_connection_seconds {
+            Some(0) => None,
+            Some(age) => Some(seconds(age)),
+            None => usual.age,
+        },
+        grace: args.connection_grace_seconds.map_or(usual.grace, seconds),
+        ..usual
     }
 }
 

@@ -252,6 +252,7 @@ pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
     let args = RouterArgs {
         grpc_listen: anywhere(ROUTER_GRPC_PORT),
         http_listen: anywhere(ROUTER_HTTP_PORT),
+        probe_listen: None,
         replicas: Vec::new(),
         discover: Vec::new(),
         namespace: None,
@@ -260,6 +261,8 @@ pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
         max_queued_bytes: valid.max_queued_bytes,
         max_queue_seconds: router.limits.max_queue_seconds,
         max_body_bytes: ROUTER_BODY_BYTES_MAX,
+        max_connection_seconds: None,
+        connection_grace_seconds: None,
         shutdown_delay_seconds: ROUTER_SHUTDOWN_DELAY_SECONDS,
         drain_timeout_seconds: valid.spec.drain.timeout_seconds,
         log_format: LogFormat::Json,

@@ -149,12 +149,12 @@ pub struct RouterArgs {
     #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
     pub max_body_bytes: u32,
     /// At this age, a tenth more or less, a client is told to open a new connection, so that load spreads over routers
-    /// that came later; 0 is never
-    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
-    pub max_connection_seconds: u32,
-    /// How long streams on a connection of that age may go on
-    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
-    pub connection_grace_seconds: u32,
+    /// that came later; 0 is never [default: 1800]
+    #[arg(long, value_name = "SECONDS")]
+    pub max_connection_seconds: Option<u32>,
+    /// How long streams on a connection of that age may go on [default: 1800]
+    #[arg(long, value_name = "SECONDS")]
+    pub connection_grace_seconds: Option<u32>,
     /// How long new requests are still served after SIGTERM, while readiness is false already: the time that it takes
     /// load balancers and kube-proxy to send them elsewhere
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
@@ -182,8 +182,8 @@ impl RouterArgs {
         argv.flag("max-queued-bytes", self.max_queued_bytes);
         argv.flag("max-queue-seconds", self.max_queue_seconds);
         argv.flag("max-body-bytes", self.max_body_bytes);
-        argv.flag("max-connection-seconds", self.max_connection_seconds);
-        argv.flag("connection-grace-seconds", self.connection_grace_seconds);
+        argv.optional("max-connection-seconds", self.max_connection_seconds);
+        argv.optional("connection-grace-seconds", self.connection_grace_seconds);
         argv.flag("shutdown-delay-seconds", self.shutdown_delay_seconds);
         argv.flag("drain-timeout-seconds", self.drain_timeout_seconds);
         argv.choice("log-format", self.log_format);
@@ -222,7 +222,7 @@ mod tests {
             discover,
             namespace: Some("team-a".into()),
             probe_listen: Some(([0, 0, 0, 0], 8081).into()),
-            max_connection_seconds: 0,
+            max_connection_seconds: Some(0),
             shutdown_delay_seconds: 5,
             max_queued_bytes: 1 << 40,
             log_format: LogFormat::Json,

@@ -12,6 +12,7 @@ mod panics;
 mod resume;
 mod shim;
 mod spread;
+mod storms;
 mod streams;
 
 use std::{

@@ -7,6 +7,7 @@ use super::MockWorker;
 pub struct Shim {
     pub address: std::net::SocketAddr,
     passing: tokio::sync::watch::Sender<bool>,
+    accepted: std::sync::Arc<std::sync::atomic::AtomicUsize>,
     _worker: Option<MockWorker>,
 }
 
@@ -27,8 +28,11 @@ impl Shim {
             .expect("a port");
         let address = listener.local_addr().expect("bound");
         let (passing, watching) = tokio::sync::watch::channel(true);
+        let accepted = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let counter = std::sync::Arc::clone(&accepted);
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
+                counter.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 // Whoever comes later is accepted and gets no answer.
                 if !*watching.borrow() {
                     std::mem::forget(near);
@@ -45,8 +49,14 @@ impl Shim {
         Self {
             address,
             passing,
+            accepted,
             _worker: None,
         }
+    }
+
+    /// Connections so far.
+    pub fn accepted(&self) -> usize {
+        self.accepted.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     pub fn swallow(&mut self) {

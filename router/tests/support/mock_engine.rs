@@ -76,12 +76,13 @@ pub(super) async fn run_engine(inner: Arc<Inner>) {
 
 impl Engine {
     pub(super) fn new(config: Config) -> Self {
+        let cache = (0..u64::from(config.cached_blocks)).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         Self {
+            cache: cache.collect(),
             config,
             boot: *uuid::Uuid::new_v4().as_bytes(),
             sequences: VecDeque::new(),
             sessions: Vec::new(),
-            cache: VecDeque::new(),
             pongs: Vec::new(),
             known: HashSet::new(),
             next_session: 0,
@@ -252,7 +253,7 @@ impl Engine {
         for (session, mut frame) in frames {
             frame.step = self.step;
             tokens += frame.handle.len() as u64;
-            let load = self.load();
+            let (load, unknown) = (self.load(), self.config.unknown_frames);
             let back = u32::try_from(ended.iter().filter(|(of, _)| *of == session).count()).expect("small");
             let give = self.config.give_credits && back > 0;
             self.to(session, |to| {
@@ -263,6 +264,9 @@ impl Engine {
                     })
                 {
                     to.send(Frame::Step(frame.clone()));
+                }
+                if unknown {
+                    let _ = to.frames.send(Ok(SessionResponse { frame: None }));
                 }
                 if give {
                     to.credits += i64::from(back);

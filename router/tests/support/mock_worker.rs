@@ -98,6 +98,10 @@ pub struct Config {
     pub corrupt_files: bool,
     /// A cache event gets lost.
     pub skip_kv_event: bool,
+    /// Each step's frame is followed by one that this version does not know.
+    pub unknown_frames: bool,
+    /// Blocks that are in the cache from the start.
+    pub cached_blocks: u32,
 }
 
 impl Default for Config {
@@ -125,6 +129,8 @@ impl Default for Config {
             miscount: false,
             corrupt_files: false,
             skip_kv_event: false,
+            unknown_frames: false,
+            cached_blocks: 0,
         }
     }
 }
