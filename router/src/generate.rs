@@ -29,7 +29,7 @@ use crate::{
     fleet::ModelEntry,
     metrics::{Metrics, Stage},
     models::{Library, ModelText},
-    template::{Conversation, TemplateError},
+    template::{Conversation, TemplateError, end_of_last},
     text::{StopSet, Wording},
 };
 
@@ -290,10 +290,22 @@ fn render(entry: &ModelEntry, text: &ModelText, chat: &Chat, metrics: &Metrics) 
     let started = Clock::now();
     let rendered = template.render(&conversation, &text.special, &jiff::Zoned::now());
     metrics.stage(Stage::Template, started.elapsed());
-    rendered.map_err(|error| match error {
-        TemplateError::Raised(why) => Invalid::new("messages", why).into(),
-        error => Invalid::new("messages", error.to_string()).into(),
-    })
+    let mut rendered = rendered.map_err(|error| match error {
+        TemplateError::Raised(why) => Invalid::new("messages", why),
+        error => Invalid::new("messages", error.to_string()),
+    })?;
+    if chat.continue_final {
+        let content = chat
+            .messages
+            .last()
+            .and_then(|message| message["content"].as_str());
+        let end = end_of_last(&rendered, content.unwrap_or_default()).ok_or_else(|| {
+            let why = "the last message is empty, or the chat template does not show it: there is nothing to go on with";
+            Invalid::new("continue_final_message", why)
+        })?;
+        rendered.truncate(end);
+    }
+    Ok(rendered)
 }
 
 fn check_ids(field: &'static str, ids: &[u32], vocab_size: u32) -> Result<(), Invalid> {

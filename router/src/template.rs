@@ -95,6 +95,23 @@ impl ChatTemplate {
     }
 }
 
+/// Where a conversation ends whose last message is to be continued: after its content, and before what the template
+/// puts behind a message. Templates trim contents; space at the end stays if the template kept it. `None` if nothing
+/// of it is shown.
+pub fn end_of_last(rendered: &str, content: &str) -> Option<usize> {
+    let trimmed = content.trim();
+    if trimmed.is_empty() {
+        return None;
+    }
+    let end = rendered.rfind(trimmed)? + trimmed.len();
+    let space = &content[content.trim_end().len()..];
+    Some(if rendered[end..].starts_with(space) {
+        end + space.len()
+    } else {
+        end
+    })
+}
+
 /// What a template said with `raise_exception`.
 #[derive(Debug)]
 struct Raised(String);
@@ -168,6 +185,25 @@ fn without_generation_marks(source: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_last_message_ends_before_what_the_template_puts_behind_it() {
+        let rendered = "<u>say: one two<e><a>one two<e>";
+        let end = end_of_last(rendered, "one two").expect("shown");
+        assert_eq!(&rendered[..end], "<u>say: one two<e><a>one two");
+        assert_eq!(
+            end_of_last(rendered, "  one two \n"),
+            Some(end),
+            "trimmed by the template"
+        );
+        assert_eq!(
+            end_of_last("<a>one \n<e>", "one \n"),
+            Some(8),
+            "kept by the template"
+        );
+        assert_eq!(end_of_last(rendered, "three"), None);
+        assert_eq!(end_of_last(rendered, " \n"), None);
+    }
 
     #[test]
     fn training_marks_show_their_content() {

@@ -124,3 +124,32 @@ def test_unknown_fields_are_named_in_a_header(client):
     raw = client.completions.with_raw_response.create(model="tiny", prompt="a", max_tokens=1, extra_body={"colour": "red"})
     assert raw.headers["x-swallow-ignored-fields"] == "colour"
     assert raw.headers["x-request-id"]
+
+
+def test_token_ids_and_the_prompt_s_scores_come_with_a_stream(client):
+    extra = {"return_token_ids": True, "prompt_logprobs": 1}
+    common = {"model": "tiny", "prompt": "東京", "max_tokens": 5, "temperature": 0, "extra_body": extra}
+    whole = client.completions.create(**common).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.completions.create(stream=True, **common)]
+    assert chunks[0].prompt_token_ids == whole.prompt_token_ids
+    assert chunks[0].prompt_logprobs == whole.prompt_logprobs and whole.prompt_logprobs[0] is None
+    assert sum((chunk.token_ids or [] for chunk in chunks), []) == whole.token_ids
+    again = client.completions.create(
+        model="tiny", prompt=whole.prompt_token_ids, max_tokens=5, temperature=0, extra_body=extra
+    )
+    assert again.choices[0].token_ids == whole.token_ids
+
+
+def test_usage_is_told_while_a_stream_runs(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    counts = [chunk.usage.completion_tokens for chunk in ask(client, ENGLISH, stream=True, stream_options=options)]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+
+
+def test_a_message_is_continued_where_it_ends(client):
+    whole = ask(client, ENGLISH).choices[0].message.content
+    head, tail = whole[: len(whole) // 2].rstrip(), whole[len(whole[: len(whole) // 2].rstrip()) :]
+    messages = [{"role": "user", "content": ENGLISH}, {"role": "assistant", "content": head}]
+    extra = {"continue_final_message": True, "add_generation_prompt": False}
+    rest = client.chat.completions.create(model="tiny", messages=messages, temperature=0, extra_body=extra)
+    assert rest.choices[0].message.content == tail

@@ -45,6 +45,8 @@ pub struct Chat {
     pub args: Map<String, Value>,
     /// End with the header of the model's turn.
     pub add_generation_prompt: bool,
+    /// End inside of the last message, which the model goes on with.
+    pub continue_final: bool,
     /// As for a text; templates usually write what is needed themselves.
     pub add_special: bool,
 }

@@ -97,7 +97,7 @@ impl Services {
                     let why = "is for a text; a conversation is what the chat template makes of it";
                     return Err(Invalid::new("add_special_tokens", why).into());
                 }
-                Input::Chat(parse::conversation(conversation.messages, Map::new())?)
+                Input::Chat(parse::conversation(conversation.messages, Map::new(), false)?)
             }
             None => return Err(Invalid::new("input", "is missing; give text or conversation").into()),
         };

@@ -82,7 +82,7 @@ pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result
             "is not served for conversations; use GenerationService",
         ));
     }
-    let input = Input::Chat(conversation(wire.messages, args)?);
+    let input = Input::Chat(conversation(wire.messages, args, wire.continue_final_message)?);
     Common {
         model: wire.model,
         sampling: wire.sampling,
@@ -98,6 +98,7 @@ pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result
 pub(super) fn conversation(
     messages: Vec<wire::ChatMessage>,
     args: Map<String, Value>,
+    continue_final: bool,
 ) -> Result<Chat, Invalid> {
     if messages.is_empty() {
         return Err(Invalid::new("messages", "must have at least one message"));
@@ -124,7 +125,8 @@ pub(super) fn conversation(
     Ok(Chat {
         messages,
         args,
-        add_generation_prompt: true,
+        add_generation_prompt: !continue_final,
+        continue_final,
         add_special: false,
     })
 }

@@ -18,10 +18,11 @@ use super::{
     fields::Fields,
     logprobs::{ChatLogprobs, Entries, Naming, RankedToken, prompt_logprobs},
     params::Common,
-    render::{DONE, Head, StopReason, UsageBody, ended, event, one_event},
+    render::{DONE, Head, StopReason, UsageAsked, UsageBody, ended, event, ids, one_event},
     sse,
 };
 use crate::{
+    ask::Score,
     generate::{Chat, Fault, Input, Invalid, Piece, Reply, Unasked},
     metrics::Call,
 };
@@ -36,8 +37,12 @@ struct Shape {
     top: Option<u32>,
     prompt_top: Option<u32>,
     ids_as_names: bool,
-    include_usage: bool,
+    token_ids: bool,
+    usage: UsageAsked,
 }
+
+/// A prompt's scores, by position.
+type PromptLogprobs = Vec<Option<Entries<RankedToken>>>;
 
 #[derive(Serialize)]
 struct Completion<'a> {
@@ -48,7 +53,9 @@ struct Completion<'a> {
     choices: Vec<Choice>,
     usage: UsageBody,
     #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_logprobs: Option<Vec<Option<Entries<RankedToken>>>>,
+    prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Serialize)]
@@ -58,6 +65,8 @@ struct Choice {
     logprobs: Option<ChatLogprobs>,
     finish_reason: &'static str,
     stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Serialize)]
@@ -78,6 +87,11 @@ struct Chunk<'a> {
     /// null in all chunks but the last, where usage was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<UsageBody>>,
+    /// In the first chunk, as are the prompt's ids.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Serialize)]
@@ -88,6 +102,8 @@ struct ChunkChoice {
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
 }
 
 #[derive(Default, Serialize)]
@@ -119,7 +135,8 @@ pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Re
         top,
         prompt_top,
         ids_as_names: common.ids_as_names,
-        include_usage: common.include_usage,
+        token_ids: common.token_ids,
+        usage: common.usage,
     };
     let mut reply = api.door.start(prepared).await?;
     let response = if common.stream {
@@ -162,6 +179,13 @@ pub(super) fn conversation(fields: &mut Fields) -> Result<Chat, Invalid> {
             format!("must not have '{name}', a field of its own"),
         ));
     }
+    let continue_final = fields.bool("continue_final_message")?.unwrap_or(false);
+    let add_generation_prompt = fields.bool("add_generation_prompt")?;
+    if continue_final && add_generation_prompt == Some(true) {
+        let why = "the model can't go on with the last message and begin its own; give one of continue_final_message \
+                   and add_generation_prompt";
+        return Err(Invalid::new("add_generation_prompt", why));
+    }
     Ok(Chat {
         messages: messages
             .into_iter()
@@ -169,7 +193,8 @@ pub(super) fn conversation(fields: &mut Fields) -> Result<Chat, Invalid> {
             .map(|(i, value)| message(i, value))
             .collect::<Result<_, _>>()?,
         args,
-        add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(true),
+        add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final),
+        continue_final,
         add_special: fields.bool("add_special_tokens")?.unwrap_or(false),
     })
 }
@@ -242,11 +267,13 @@ async fn whole(shape: &Shape, reply: Reply) -> Result<Response, Problem> {
         tokenizer: &text.tokenizer,
         by_id: shape.ids_as_names,
     };
+    let prompt = std::sync::Arc::clone(&reply.prompt);
     let (scores, answers, usage) = reply.collect().await?;
     let choices = answers.into_iter().enumerate().map(|(index, answer)| {
         let (finish_reason, stop_reason) = ended(&answer.end);
         Choice {
             index,
+            token_ids: shape.token_ids.then(|| ids(&answer.tokens)),
             logprobs: shape
                 .top
                 .map(|top| ChatLogprobs::new(naming, &answer.tokens, top)),
@@ -268,6 +295,7 @@ async fn whole(shape: &Shape, reply: Reply) -> Result<Response, Problem> {
         choices: choices.collect(),
         usage: UsageBody::new([usage]),
         prompt_logprobs: shape.prompt_top.map(|top| prompt_logprobs(naming, &scores, top)),
+        prompt_token_ids: shape.token_ids.then(|| prompt.to_vec()),
     };
     Ok(Json(completion).into_response())
 }
@@ -290,7 +318,7 @@ fn stream(
                     }
                 }
                 Ok(None) => {
-                    if shape.include_usage {
+                    if shape.usage.last {
                         let usage = Some(UsageBody::new([reply.usage()]));
                         yield Ok(one_event(&shape.chunk(Vec::new(), Some(usage))));
                     }
@@ -311,6 +339,19 @@ fn stream(
     }
 }
 
+impl ChunkChoice {
+    fn of(index: u32, delta: Delta) -> Self {
+        Self {
+            index,
+            delta,
+            logprobs: None,
+            finish_reason: None,
+            stop_reason: None,
+            token_ids: None,
+        }
+    }
+}
+
 impl Shape {
     fn chunk(&self, choices: Vec<ChunkChoice>, usage: Option<Option<UsageBody>>) -> Chunk<'_> {
         let Head { id, created, model } = &self.head;
@@ -321,50 +362,60 @@ impl Shape {
             model,
             choices,
             usage,
+            prompt_logprobs: None,
+            prompt_token_ids: None,
+        }
+    }
+
+    /// The first chunks say who speaks, and the very first what is known of the prompt.
+    fn opening(&self, out: &mut Vec<u8>, reply: &Reply, scores: &[Score]) {
+        let naming = self.naming(reply);
+        for index in 0..reply.candidates() as u32 {
+            let delta = Delta {
+                role: Some("assistant"),
+                content: Some(String::new()),
+            };
+            let usage = self.usage.in_chunk(|| UsageBody::new([reply.usage()]));
+            let mut chunk = self.chunk(vec![ChunkChoice::of(index, delta)], usage);
+            if index == 0 {
+                chunk.prompt_logprobs = self.prompt_top.map(|top| prompt_logprobs(naming, scores, top));
+                chunk.prompt_token_ids = self.token_ids.then(|| reply.prompt.to_vec());
+            }
+            event(out, &chunk);
+        }
+    }
+
+    fn naming<'a>(&self, reply: &'a Reply) -> Naming<'a> {
+        Naming {
+            tokenizer: &reply.text.tokenizer,
+            by_id: self.ids_as_names,
         }
     }
 
     fn chunks(&self, out: &mut Vec<u8>, reply: &Reply, piece: Piece) {
-        let choice = |index, delta| ChunkChoice {
-            index,
-            delta,
-            logprobs: None,
-            finish_reason: None,
-            stop_reason: None,
-        };
-        let mut one =
-            |choice: ChunkChoice| event(out, &self.chunk(vec![choice], self.include_usage.then_some(None)));
+        let usage = self.usage.in_chunk(|| UsageBody::new([reply.usage()]));
+        let mut one = |choice: ChunkChoice| event(out, &self.chunk(vec![choice], usage));
         match piece {
-            Piece::Started { .. } => {
-                for index in 0..reply.candidates() as u32 {
-                    one(choice(
-                        index,
-                        Delta {
-                            role: Some("assistant"),
-                            content: Some(String::new()),
-                        },
-                    ));
-                }
-            }
-            Piece::PromptScores(_) => {}
+            // The prompt's scores are still to come.
+            Piece::Started { .. } if self.prompt_top.is_some() => {}
+            Piece::Started { .. } => self.opening(out, reply, &[]),
+            Piece::PromptScores(scores) => self.opening(out, reply, &scores),
             Piece::Delta {
                 candidate,
                 text,
                 tokens,
             } => {
-                let naming = Naming {
-                    tokenizer: &reply.text.tokenizer,
-                    by_id: self.ids_as_names,
-                };
+                let naming = self.naming(reply);
                 let logprobs = self.top.map(|top| ChatLogprobs::new(naming, &tokens, top));
-                if !text.is_empty() || logprobs.is_some() {
+                if !text.is_empty() || logprobs.is_some() || self.token_ids {
                     let delta = Delta {
                         role: None,
                         content: Some(text),
                     };
                     one(ChunkChoice {
                         logprobs,
-                        ..choice(candidate, delta)
+                        token_ids: self.token_ids.then(|| ids(&tokens)),
+                        ..ChunkChoice::of(candidate, delta)
                     });
                 }
             }
@@ -374,7 +425,7 @@ impl Shape {
                 one(ChunkChoice {
                     finish_reason,
                     stop_reason,
-                    ..choice(candidate, Delta::default())
+                    ..ChunkChoice::of(candidate, Delta::default())
                 });
             }
         }

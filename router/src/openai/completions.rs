@@ -2,7 +2,7 @@
 //!
 //! Each prompt is a request of its own below; here they are one, with choices numbered prompt by prompt.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc};
 
 use axum::{
     Json,
@@ -21,7 +21,7 @@ use super::{
     fields::{Fields, ids},
     logprobs::{Entries, Naming, RankedToken, TextLogprobs, prompt_logprobs},
     params::Common,
-    render::{DONE, Head, StopReason, UsageBody, ended, event, one_event},
+    render::{DONE, Head, StopReason, UsageAsked, UsageBody, ended, event, ids as spoken_ids, one_event},
     sse,
 };
 use crate::{
@@ -48,7 +48,8 @@ struct Shape {
     top: Option<u32>,
     prompt_top: Option<u32>,
     ids_as_names: bool,
-    include_usage: bool,
+    token_ids: bool,
+    usage: UsageAsked,
     skip_special: bool,
     /// Scores of the prompt come before its output.
     scored: bool,
@@ -65,7 +66,7 @@ struct Completion<'a> {
     usage: Option<Option<UsageBody>>,
 }
 
-#[derive(Serialize)]
+#[derive(Clone, Default, Serialize)]
 struct Choice {
     index: u32,
     text: String,
@@ -74,6 +75,10 @@ struct Choice {
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<Vec<Option<Entries<RankedToken>>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
 }
 
 /// A prompt as an echo shows it; empty without one.
@@ -147,7 +152,8 @@ pub(super) async fn completions(
         top,
         prompt_top: common.prompt_logprobs,
         ids_as_names: common.ids_as_names,
-        include_usage: common.include_usage,
+        token_ids: common.token_ids,
+        usage: common.usage,
         skip_special: common.skip_special,
         scored: prompt_top.is_some(),
     };
@@ -232,10 +238,11 @@ async fn answered(api: &Api, shape: &Shape, one: One) -> Result<(Vec<Choice>, Us
     Ok((choices.collect(), usage))
 }
 
-/// What one of the prompts has to say.
-enum Said {
-    Piece(Piece),
-    Done(Usage),
+/// What one of the prompts has to say, and what it took by then.
+struct Said {
+    /// `None`: it is done.
+    piece: Option<Piece>,
+    usage: Usage,
 }
 
 /// What is needed of a running prompt to write its pieces.
@@ -282,10 +289,12 @@ fn told(running: Arc<Running>, mut reply: Reply) -> impl Stream<Item = Result<To
         loop {
             let running = Arc::clone(&running);
             match reply.next().await {
-                Ok(Some(piece)) => yield Ok((running, Said::Piece(piece))),
-                Ok(None) => {
-                    yield Ok((running, Said::Done(reply.usage())));
-                    break;
+                Ok(piece) => {
+                    let done = piece.is_none();
+                    yield Ok((running, Said { piece, usage: reply.usage() }));
+                    if done {
+                        break;
+                    }
                 }
                 Err(fault) => {
                     yield Err(fault);
@@ -303,20 +312,24 @@ fn events(
 ) -> impl Stream<Item = Result<Bytes, Infallible>> {
     async_stream::stream! {
         let mut pieces = Box::pin(pieces);
-        let mut usages = Vec::new();
+        // Of each prompt.
+        let mut usages = BTreeMap::new();
         let code = loop {
             match pieces.next().await {
-                Some(Ok((_, Said::Done(usage)))) => usages.push(usage),
-                Some(Ok((running, Said::Piece(piece)))) => {
+                Some(Ok((running, Said { piece, usage }))) => {
+                    usages.insert(running.index, usage);
+                    let so_far = shape.usage.in_chunk(|| UsageBody::new(usages.values().copied()));
                     let mut out = Vec::new();
-                    shape.chunks(&mut out, &running, piece);
+                    if let Some(piece) = piece {
+                        shape.chunks(&mut out, &running, piece, so_far);
+                    }
                     if !out.is_empty() {
                         yield Ok(Bytes::from(out));
                     }
                 }
                 None => {
-                    if shape.include_usage {
-                        let usage = UsageBody::new(std::mem::take(&mut usages));
+                    if shape.usage.last {
+                        let usage = UsageBody::new(usages.values().copied());
                         yield Ok(one_event(&shape.completion(Vec::new(), Some(Some(usage)))));
                     }
                     yield Ok(Bytes::from_static(DONE.as_bytes()));
@@ -412,40 +425,49 @@ impl Shape {
             finish_reason: Some(finish_reason),
             stop_reason,
             prompt_logprobs: self.prompt_top.map(|top| prompt_logprobs(naming, scores, top)),
+            prompt_token_ids: self.token_ids.then(|| prompt.to_vec()),
+            token_ids: self.token_ids.then(|| spoken_ids(&answer.tokens)),
         }
     }
 
-    fn chunks(&self, out: &mut Vec<u8>, running: &Running, piece: Piece) {
+    /// The first chunk of each choice, where something of the prompt is asked for.
+    fn opening(&self, running: &Running, scores: &[Score]) -> Option<Choice> {
+        let (naming, shown) = (self.naming(&running.model), &running.shown);
+        let logprobs = self.top.filter(|_| self.echo).map(|top| {
+            let mut logprobs = TextLogprobs::default();
+            logprobs.prompt(naming, &running.prompt, &shown.offsets, scores, top);
+            logprobs
+        });
+        let asked = self.echo || self.token_ids || self.prompt_top.is_some();
+        asked.then(|| Choice {
+            text: shown.text.clone(),
+            logprobs,
+            prompt_logprobs: self.prompt_top.map(|top| prompt_logprobs(naming, scores, top)),
+            prompt_token_ids: self.token_ids.then(|| running.prompt.to_vec()),
+            ..Choice::default()
+        })
+    }
+
+    fn chunks(&self, out: &mut Vec<u8>, running: &Running, piece: Piece, usage: Option<Option<UsageBody>>) {
         let naming = self.naming(&running.model);
-        let mut one = |candidate: u32, text: String, logprobs: Option<TextLogprobs>, end: Option<_>| {
-            let (finish_reason, stop_reason) = end.unzip();
-            let choice = Choice {
-                index: running.index * self.n + candidate,
-                text,
-                logprobs,
-                finish_reason,
-                stop_reason: stop_reason.flatten(),
-                prompt_logprobs: None,
-            };
-            event(
-                out,
-                &self.completion(vec![choice], self.include_usage.then_some(None)),
-            );
+        let mut one = |candidate: u32, choice: Choice| {
+            let index = running.index * self.n + candidate;
+            event(out, &self.completion(vec![Choice { index, ..choice }], usage));
         };
         let shown = &running.shown;
         match piece {
-            Piece::Started { .. } if self.echo && !self.scored => {
-                (0..self.n).for_each(|candidate| one(candidate, shown.text.clone(), None, None));
+            // The prompt's scores are still to come.
+            Piece::Started { .. } if self.scored => {}
+            Piece::Started { .. } => {
+                if let Some(opening) = self.opening(running, &[]) {
+                    (0..self.n).for_each(|candidate| one(candidate, opening.clone()));
+                }
             }
-            Piece::PromptScores(scores) if self.echo => {
-                let logprobs = self.top.map(|top| {
-                    let mut logprobs = TextLogprobs::default();
-                    logprobs.prompt(naming, &running.prompt, &shown.offsets, &scores, top);
-                    logprobs
-                });
-                (0..self.n).for_each(|candidate| one(candidate, shown.text.clone(), logprobs.clone(), None));
+            Piece::PromptScores(scores) => {
+                if let Some(opening) = self.opening(running, &scores) {
+                    (0..self.n).for_each(|candidate| one(candidate, opening.clone()));
+                }
             }
-            Piece::Started { .. } | Piece::PromptScores(_) => {}
             Piece::Delta {
                 candidate,
                 text,
@@ -456,11 +478,29 @@ impl Shape {
                     logprobs.output(naming, &tokens, shown.chars, top);
                     logprobs
                 });
-                if !text.is_empty() || logprobs.is_some() {
-                    one(candidate, text, logprobs, None);
+                if !text.is_empty() || logprobs.is_some() || self.token_ids {
+                    let token_ids = self.token_ids.then(|| spoken_ids(&tokens));
+                    let choice = Choice {
+                        text,
+                        logprobs,
+                        token_ids,
+                        ..Choice::default()
+                    };
+                    one(candidate, choice);
                 }
             }
-            Piece::Finished { candidate, end } => one(candidate, String::new(), None, Some(ended(&end))),
+            Piece::Finished { candidate, end } => {
+                let (finish_reason, stop_reason) = ended(&end);
+                let finish_reason = Some(finish_reason);
+                one(
+                    candidate,
+                    Choice {
+                        finish_reason,
+                        stop_reason,
+                        ..Choice::default()
+                    },
+                );
+            }
         }
     }
 }

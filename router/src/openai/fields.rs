@@ -9,7 +9,11 @@ use crate::generate::Invalid;
 
 /// The fields of a request that were not read yet.
 #[derive(Debug)]
-pub(super) struct Fields(Map<String, Value>);
+pub(super) struct Fields {
+    left: Map<String, Value>,
+    /// Names inside of a field that was read, which nobody knows.
+    unknown: Vec<String>,
+}
 
 type Taken<T> = Result<Option<T>, Invalid>;
 
@@ -17,7 +21,7 @@ impl Fields {
     /// From a request's body.
     pub(super) fn parse(body: &[u8]) -> Result<Self, Invalid> {
         match serde_json::from_slice(body) {
-            Ok(Value::Object(fields)) => Ok(Self(fields)),
+            Ok(Value::Object(fields)) => Ok(Self::of(fields)),
             Ok(_) => Err(Invalid::new("body", "must be a JSON object")),
             Err(error) => Err(Invalid::new("body", format!("is not JSON: {error}"))),
         }
@@ -25,12 +29,25 @@ impl Fields {
 
     /// From a part of a request.
     pub(super) fn of(fields: Map<String, Value>) -> Self {
-        Self(fields)
+        Self {
+            left: fields,
+            unknown: Vec::new(),
+        }
+    }
+
+    /// What was not read of the object in field `name`.
+    pub(super) fn left_over(&mut self, name: &str, inner: Self) {
+        let inner = inner.left.into_iter().filter(|(_, value)| !value.is_null());
+        self.unknown.extend(
+            inner
+                .filter(|(field, _)| !WITHOUT_EFFECT.contains(&field.as_str()))
+                .map(|(field, _)| format!("{name}.{field}")),
+        );
     }
 
     /// A field as it is. null is as good as absent.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.shift_remove(name).filter(|value| !value.is_null())
+        self.left.shift_remove(name).filter(|value| !value.is_null())
     }
 
     pub(super) fn bool(&mut self, name: &'static str) -> Taken<bool> {
@@ -116,9 +133,10 @@ impl Fields {
                 return Err(Invalid::unsupported(*name, *why));
             }
         }
-        self.0
+        self.left
             .retain(|name, value| !value.is_null() && !WITHOUT_EFFECT.contains(&name.as_str()));
-        Ok(self.0.into_iter().map(|(name, _)| name).collect())
+        let names = self.left.into_iter().map(|(name, _)| name);
+        Ok(names.chain(self.unknown).collect())
     }
 }
 
@@ -190,11 +208,6 @@ const UNSERVED: &[Unserved] = &[
         "choosing among more answers than are returned is not supported; use n",
     ),
     unserved("echo", &[], "a conversation is not echoed; use plain completions"),
-    unserved(
-        "continue_final_message",
-        &[],
-        "a message can't be continued; use plain completions",
-    ),
     unserved("chat_template", &[], "the model's own chat template is used"),
     unserved(
         "documents",
@@ -202,7 +215,6 @@ const UNSERVED: &[Unserved] = &[
         "pass what the template reads in chat_template_kwargs",
     ),
     unserved("truncate_prompt_tokens", &[], "a prompt is never cut; shorten it"),
-    unserved("return_token_ids", &[], "use gRPC, or logprobs, for token ids"),
     unserved("priority", &["0"], "requests have no priorities"),
     unserved("kv_transfer_params", &[], "caches are not moved between replicas"),
     unserved("vllm_xargs", &[], "there are no custom sampling arguments"),
@@ -224,6 +236,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "parallel_tool_calls",
     "spaces_between_special_tokens",
     "guided_decoding_backend",
+    "include_obfuscation",
 ];
 
 #[cfg(test)]

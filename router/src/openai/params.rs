@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::fields::Fields;
+use super::{fields::Fields, render::UsageAsked};
 use crate::{
     ask::Sampling,
     generate::{Input, Invalid, Request, Stop, Unasked},
@@ -13,7 +13,7 @@ use crate::{
 pub(super) struct Common {
     pub model: String,
     pub stream: bool,
-    pub include_usage: bool,
+    pub usage: UsageAsked,
     pub n: u32,
     pub sampling: Sampling,
     pub stop: Stop,
@@ -22,15 +22,17 @@ pub(super) struct Common {
     pub prompt_logprobs: Option<u32>,
     /// Name tokens by id in log-probabilities.
     pub ids_as_names: bool,
+    /// Token ids beside the text, of the prompt too.
+    pub token_ids: bool,
 }
 
 impl Common {
     pub(super) fn read(fields: &mut Fields, unasked: Unasked) -> Result<Self, Invalid> {
         let stream = fields.bool("stream")?.unwrap_or(false);
-        let common = Self {
+        Ok(Self {
             model: fields.string("model")?.unwrap_or_default(),
             stream,
-            include_usage: include_usage(fields, stream)?,
+            usage: usage(fields, stream)?,
             n: fields.count("n")?.unwrap_or(1),
             sampling: sampling(fields)?,
             stop: stop(fields, unasked)?,
@@ -38,14 +40,8 @@ impl Common {
             cache_salt: fields.string("cache_salt")?.unwrap_or_default(),
             prompt_logprobs: fields.count("prompt_logprobs")?,
             ids_as_names: fields.bool("return_tokens_as_token_ids")?.unwrap_or(false),
-        };
-        if stream && common.prompt_logprobs.is_some() {
-            return Err(Invalid::unsupported(
-                "prompt_logprobs",
-                "is not supported with stream",
-            ));
-        }
-        Ok(common)
+            token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+        })
     }
 
     /// A request for one prompt.
@@ -71,9 +67,9 @@ impl Common {
     }
 }
 
-fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, Invalid> {
+fn usage(fields: &mut Fields, stream: bool) -> Result<UsageAsked, Invalid> {
     let Some(options) = fields.object("stream_options")? else {
-        return Ok(false);
+        return Ok(UsageAsked::default());
     };
     if !stream {
         return Err(Invalid::new(
@@ -82,12 +78,12 @@ fn include_usage(fields: &mut Fields, stream: bool) -> Result<bool, Invalid> {
         ));
     }
     let mut options = Fields::of(options);
-    let include = options.bool("include_usage")?.unwrap_or(false);
-    if options.bool("continuous_usage_stats")?.unwrap_or(false) {
-        let why = "continuous_usage_stats is not supported; include_usage is";
-        return Err(Invalid::unsupported("stream_options", why));
-    }
-    Ok(include)
+    let asked = UsageAsked {
+        last: options.bool("include_usage")?.unwrap_or(false),
+        each: options.bool("continuous_usage_stats")?.unwrap_or(false),
+    };
+    fields.left_over("stream_options", options);
+    Ok(asked)
 }
 
 fn sampling(fields: &mut Fields) -> Result<Sampling, Invalid> {

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use serde::Serialize;
 
-use crate::generate::{End, Usage};
+use crate::generate::{End, Spoken, Usage};
 
 /// What a response says of itself, in each of its chunks too.
 #[derive(Clone, Debug)]
@@ -63,6 +63,26 @@ impl UsageBody {
     }
 }
 
+/// Where a stream tells its usage.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct UsageAsked {
+    /// In a last chunk of its own.
+    pub last: bool,
+    /// In each chunk, as it is by then.
+    pub each: bool,
+}
+
+impl UsageAsked {
+    /// The field of a chunk with choices: absent, null, or what was used so far.
+    pub(super) fn in_chunk(self, so_far: impl FnOnce() -> UsageBody) -> Option<Option<UsageBody>> {
+        match self {
+            Self { each: true, .. } => Some(Some(so_far())),
+            Self { last: true, .. } => Some(None),
+            Self { .. } => None,
+        }
+    }
+}
+
 /// What stopped a candidate, as vLLM tells it.
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
@@ -79,6 +99,11 @@ pub(super) fn ended(end: &End) -> (&'static str, Option<StopReason>) {
         End::StopString(text) => ("stop", Some(StopReason::Text(text.clone()))),
         End::Length => ("length", None),
     }
+}
+
+/// Of tokens.
+pub(super) fn ids(tokens: &[Spoken]) -> Vec<u32> {
+    tokens.iter().map(|spoken| spoken.token).collect()
 }
 
 /// JSON has no infinities: what can't happen is as unlikely as it gets.

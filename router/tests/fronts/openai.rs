@@ -1,5 +1,6 @@
 //! OpenAI's HTTP interface over real sockets, before an engine that says what the test wants.
 
+mod additions;
 mod answers;
 mod ends;
 mod errors;
