@@ -7,6 +7,7 @@ mod chat;
 mod completions;
 mod error;
 mod fields;
+mod known;
 mod logprobs;
 mod params;
 mod render;

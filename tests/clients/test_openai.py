@@ -1,9 +1,15 @@
 """The openai package against the main job: chat and completions, streamed and not, and the errors it raises."""
 
 import asyncio
+import pathlib
+import re
 
 import openai
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+
+API = pathlib.Path(__file__).resolve().parents[2] / "router" / "API.md"
 
 JAPANESE = "35を漢字で書いてください。"
 ENGLISH = "What is 12 plus 30?"
@@ -153,3 +159,13 @@ def test_a_message_is_continued_where_it_ends(client):
     extra = {"continue_final_message": True, "add_generation_prompt": False}
     rest = client.chat.completions.create(model="tiny", messages=messages, temperature=0, extra_body=extra)
     assert rest.choices[0].message.content == tail
+
+
+@pytest.mark.parametrize(
+    ("page", "params"), [("/v1/chat/completions", chat_params), ("/v1/completions", completion_params)]
+)
+def test_every_field_of_the_package_is_served_refused_or_without_effect(page, params):
+    fields = set(params.CompletionCreateParamsBase.__annotations__) | {"stream"}
+    section = API.read_text().split(f"## {page}\n")[1].split("\n## ")[0]
+    documented = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
+    assert fields <= documented, fields - documented

@@ -16,6 +16,7 @@ use super::{
     Api, Asked,
     error::Problem,
     fields::Fields,
+    known::Page,
     logprobs::{ChatLogprobs, Entries, Naming, RankedToken, prompt_logprobs},
     params::Common,
     render::{DONE, Head, StopReason, UsageAsked, UsageBody, ended, event, ids, one_event},
@@ -116,10 +117,8 @@ struct Delta {
 
 /// Answers a conversation. The call is taken where the response goes on after this returns.
 pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(&asked.body)?;
-    let common = Common::read(&mut fields, Unasked::ContextEnd)?;
-    let top = top(&mut fields)?;
-    let chat = conversation(&mut fields)?;
+    let mut fields = Fields::parse(Page::Chat, &asked.body)?;
+    let Parsed { common, top, chat } = Parsed::read(&mut fields)?;
     let ignored = asked.parsed(api, fields.finish()?);
     let prompt_top = common.prompt_logprobs;
     let prepared = api
@@ -147,6 +146,23 @@ pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Re
         whole(&shape, reply).await?
     };
     Ok(ignored.named_in(response))
+}
+
+/// What a request says.
+struct Parsed {
+    common: Common,
+    top: Option<u32>,
+    chat: Chat,
+}
+
+impl Parsed {
+    fn read(fields: &mut Fields) -> Result<Self, Invalid> {
+        Ok(Self {
+            common: Common::read(fields, Unasked::ContextEnd)?,
+            top: top(fields)?,
+            chat: conversation(fields)?,
+        })
+    }
 }
 
 /// `logprobs` is a switch here and `top_logprobs` the number.
@@ -429,5 +445,20 @@ impl Shape {
                 });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openai::known::assert_reads;
+
+    #[test]
+    fn what_is_served_is_read() {
+        let body =
+            br#"{"messages": [{"role": "user", "content": "q"}], "stream": true, "stream_options": {}}"#;
+        let mut fields = Fields::parse(Page::Chat, body).expect("an object");
+        Parsed::read(&mut fields).expect("sound");
+        assert_reads(Page::Chat, &fields.asked_for);
     }
 }

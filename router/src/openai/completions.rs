@@ -19,6 +19,7 @@ use super::{
     Api, Asked,
     error::Problem,
     fields::{Fields, ids},
+    known::Page,
     logprobs::{Entries, Naming, RankedToken, TextLogprobs, prompt_logprobs},
     params::Common,
     render::{DONE, Head, StopReason, UsageAsked, UsageBody, ended, event, ids as spoken_ids, one_event},
@@ -104,13 +105,13 @@ pub(super) async fn completions(
     asked: Asked,
     call: &mut Option<Call>,
 ) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(&asked.body)?;
-    let common = Common::read(&mut fields, Unasked::Tokens(DEFAULT_TOKENS))?;
-    let top = fields.count("logprobs")?;
-    let echo = fields.bool("echo")?.unwrap_or(false);
-    let add_special = fields.bool("add_special_tokens")?.unwrap_or(true);
-    let prompts = prompts(&mut fields, add_special)?;
-    best_of(&mut fields, common.n)?;
+    let mut fields = Fields::parse(Page::Completions, &asked.body)?;
+    let Parsed {
+        common,
+        top,
+        echo,
+        prompts,
+    } = Parsed::read(&mut fields)?;
     let ignored = asked.parsed(api, fields.finish()?);
     if prompts.len().saturating_mul(common.n as usize) > MAX_CHOICES {
         return Err(Invalid::new("prompt", format!("prompts times n must be at most {MAX_CHOICES}")).into());
@@ -171,6 +172,28 @@ pub(super) async fn completions(
         whole(api, &shape, ones).await?
     };
     Ok(ignored.named_in(response))
+}
+
+/// What a request says.
+struct Parsed {
+    common: Common,
+    top: Option<u32>,
+    echo: bool,
+    prompts: Vec<Input>,
+}
+
+impl Parsed {
+    fn read(fields: &mut Fields) -> Result<Self, Invalid> {
+        let common = Common::read(fields, Unasked::Tokens(DEFAULT_TOKENS))?;
+        let add_special = fields.bool("add_special_tokens")?.unwrap_or(true);
+        best_of(fields, common.n)?;
+        Ok(Self {
+            common,
+            top: fields.count("logprobs")?,
+            echo: fields.bool("echo")?.unwrap_or(false),
+            prompts: prompts(fields, add_special)?,
+        })
+    }
 }
 
 /// A text, texts, token ids, or lists of token ids.
@@ -502,5 +525,18 @@ impl Shape {
                 );
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openai::known::assert_reads;
+
+    #[test]
+    fn what_is_served_is_read() {
+        let mut fields = Fields::parse(Page::Completions, br#"{"prompt": "p"}"#).expect("an object");
+        Parsed::read(&mut fields).expect("sound");
+        assert_reads(Page::Completions, &fields.asked_for);
     }
 }

@@ -1,52 +1,64 @@
 //! A JSON request, taken apart field by field, so that none is dropped unnoticed.
 //!
-//! Every field of OpenAI's interface, and of vLLM's additions to it, is served, refused by name, or listed as having
-//! no effect on the output. What is left over nobody knows: it is named in the response.
+//! What its parser has not taken is refused by name, or has no effect, as `known` says; what is left over then nobody
+//! knows, and it is named in the response.
 
 use serde_json::{Map, Number, Value};
 
+use super::known::{Fate, Page, known};
 use crate::generate::Invalid;
 
 /// The fields of a request that were not read yet.
 #[derive(Debug)]
 pub(super) struct Fields {
+    page: Page,
     left: Map<String, Value>,
     /// Names inside of a field that was read, which nobody knows.
     unknown: Vec<String>,
+    /// What was asked for, there or not.
+    #[cfg(test)]
+    pub(super) asked_for: Vec<String>,
 }
 
 type Taken<T> = Result<Option<T>, Invalid>;
 
 impl Fields {
-    /// From a request's body.
-    pub(super) fn parse(body: &[u8]) -> Result<Self, Invalid> {
+    /// From the body of a request to `page`.
+    pub(super) fn parse(page: Page, body: &[u8]) -> Result<Self, Invalid> {
         match serde_json::from_slice(body) {
-            Ok(Value::Object(fields)) => Ok(Self::of(fields)),
+            Ok(Value::Object(fields)) => Ok(Self::of(page, fields)),
             Ok(_) => Err(Invalid::new("body", "must be a JSON object")),
             Err(error) => Err(Invalid::new("body", format!("is not JSON: {error}"))),
         }
     }
 
-    /// From a part of a request.
-    pub(super) fn of(fields: Map<String, Value>) -> Self {
+    fn of(page: Page, left: Map<String, Value>) -> Self {
         Self {
-            left: fields,
+            page,
+            left,
             unknown: Vec::new(),
+            #[cfg(test)]
+            asked_for: Vec::new(),
         }
     }
 
-    /// What was not read of the object in field `name`.
-    pub(super) fn left_over(&mut self, name: &str, inner: Self) {
-        let inner = inner.left.into_iter().filter(|(_, value)| !value.is_null());
-        self.unknown.extend(
-            inner
-                .filter(|(field, _)| !WITHOUT_EFFECT.contains(&field.as_str()))
-                .map(|(field, _)| format!("{name}.{field}")),
-        );
+    /// The fields of an object inside of the request.
+    pub(super) fn inner(&self, fields: Map<String, Value>) -> Self {
+        Self::of(self.page, fields)
+    }
+
+    /// What nobody read of the object in field `name`, but for those that have no effect.
+    pub(super) fn left_over(&mut self, name: &str, inner: Self, without_effect: &[&str]) {
+        let left = inner.left.into_iter().filter(|(_, value)| !value.is_null());
+        let unknown = left.filter(|(field, _)| !without_effect.contains(&field.as_str()));
+        self.unknown
+            .extend(unknown.map(|(field, _)| format!("{name}.{field}")));
     }
 
     /// A field as it is. null is as good as absent.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
+        #[cfg(test)]
+        self.asked_for.push(name.to_owned());
         self.left.shift_remove(name).filter(|value| !value.is_null())
     }
 
@@ -115,29 +127,33 @@ impl Fields {
     }
 
     /// What is left: refuses what is known and not served, and gives the names of what nobody knows.
-    pub(super) fn finish(mut self) -> Result<Vec<String>, Invalid> {
-        for Unserved { name, harmless, why } in UNSERVED {
-            let Some(value) = self.take(name) else { continue };
-            let empty = match &value {
-                Value::Bool(on) => !on,
-                Value::Array(items) => items.is_empty(),
-                Value::Object(entries) => entries.is_empty(),
-                Value::String(text) => text.is_empty(),
-                _ => false,
-            };
-            if !empty
-                && !harmless
-                    .iter()
-                    .any(|text| serde_json::from_str::<Value>(text).is_ok_and(|v| v == value))
-            {
-                return Err(Invalid::unsupported(*name, *why));
+    pub(super) fn finish(self) -> Result<Vec<String>, Invalid> {
+        let mut names = Vec::new();
+        for (name, value) in self.left.into_iter().filter(|(_, value)| !value.is_null()) {
+            match known(self.page, &name).map(|known| (known.name, known.fate, known.note)) {
+                Some((name, Fate::Refused { harmless }, why)) if !asks_for_nothing(&value, harmless) => {
+                    return Err(Invalid::unsupported(name, why));
+                }
+                Some((_, Fate::Refused { .. } | Fate::WithoutEffect, _)) => {}
+                // Served, but not beside what else was given.
+                Some((_, Fate::Served, _)) | None => names.push(name),
             }
         }
-        self.left
-            .retain(|name, value| !value.is_null() && !WITHOUT_EFFECT.contains(&name.as_str()));
-        let names = self.left.into_iter().map(|(name, _)| name);
-        Ok(names.chain(self.unknown).collect())
+        names.extend(self.unknown);
+        Ok(names)
     }
+}
+
+fn asks_for_nothing(value: &Value, harmless: &[&str]) -> bool {
+    let empty = match value {
+        Value::Bool(on) => !on,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(entries) => entries.is_empty(),
+        Value::String(text) => text.is_empty(),
+        _ => false,
+    };
+    let same = |text: &&str| serde_json::from_str::<Value>(text).is_ok_and(|harmless| harmless == *value);
+    empty || harmless.iter().any(|text| same(text))
 }
 
 /// Numbers like 16.0 are integers, as JSON has one kind of number only.
@@ -157,124 +173,54 @@ pub(super) fn ids(items: &[Value]) -> Option<Vec<u32>> {
     items.iter().map(count).collect()
 }
 
-/// A field that is known and not served.
-struct Unserved {
-    name: &'static str,
-    /// Values that ask for nothing, beside false and empty ones, as JSON.
-    harmless: &'static [&'static str],
-    why: &'static str,
-}
-
-const fn unserved(name: &'static str, harmless: &'static [&'static str], why: &'static str) -> Unserved {
-    Unserved { name, harmless, why }
-}
-
-const TOOLS: &str = "tool calls are not supported";
-const CONSTRAINED: &str = "constrained decoding is not supported";
-const TEXT_ONLY: &str = "only text goes in and out";
-const BEAMS: &str = "beam search is not supported";
-
-const UNSERVED: &[Unserved] = &[
-    unserved("tools", &[], TOOLS),
-    unserved("tool_choice", &["\"none\""], TOOLS),
-    unserved("functions", &[], TOOLS),
-    unserved("function_call", &["\"none\""], TOOLS),
-    unserved("response_format", &["{\"type\":\"text\"}"], CONSTRAINED),
-    unserved("structured_outputs", &[], CONSTRAINED),
-    unserved("guided_json", &[], CONSTRAINED),
-    unserved("guided_regex", &[], CONSTRAINED),
-    unserved("guided_choice", &[], CONSTRAINED),
-    unserved("guided_grammar", &[], CONSTRAINED),
-    unserved("guided_whitespace_pattern", &[], CONSTRAINED),
-    unserved("allowed_token_ids", &[], CONSTRAINED),
-    unserved("bad_words", &[], CONSTRAINED),
-    unserved("logits_processors", &[], CONSTRAINED),
-    unserved("audio", &[], TEXT_ONLY),
-    unserved("modalities", &["[\"text\"]"], TEXT_ONLY),
-    unserved("mm_processor_kwargs", &[], TEXT_ONLY),
-    unserved("prompt_embeds", &[], "prompts are text or token ids"),
-    unserved("web_search_options", &[], "there is no web search"),
-    unserved(
-        "suffix",
-        &[],
-        "there is no infilling: the model continues a prompt",
-    ),
-    unserved("use_beam_search", &[], BEAMS),
-    unserved("early_stopping", &[], BEAMS),
-    unserved("length_penalty", &["1", "1.0"], BEAMS),
-    unserved(
-        "best_of",
-        &["1"],
-        "choosing among more answers than are returned is not supported; use n",
-    ),
-    unserved("echo", &[], "a conversation is not echoed; use plain completions"),
-    unserved("chat_template", &[], "the model's own chat template is used"),
-    unserved(
-        "documents",
-        &[],
-        "pass what the template reads in chat_template_kwargs",
-    ),
-    unserved("truncate_prompt_tokens", &[], "a prompt is never cut; shorten it"),
-    unserved("priority", &["0"], "requests have no priorities"),
-    unserved("kv_transfer_params", &[], "caches are not moved between replicas"),
-    unserved("vllm_xargs", &[], "there are no custom sampling arguments"),
-];
-
-/// Known, and without effect on the output.
-const WITHOUT_EFFECT: &[&str] = &[
-    "user",
-    "store",
-    "metadata",
-    "service_tier",
-    "reasoning_effort",
-    "include_reasoning",
-    "verbosity",
-    "prediction",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "parallel_tool_calls",
-    "spaces_between_special_tokens",
-    "guided_decoding_backend",
-    "include_obfuscation",
-];
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn finish(json: &str) -> Result<Vec<String>, Invalid> {
-        Fields::parse(json.as_bytes()).expect("an object").finish()
+    fn finish(page: Page, json: &str) -> Result<Vec<String>, Invalid> {
+        Fields::parse(page, json.as_bytes()).expect("an object").finish()
     }
 
     #[test]
     fn what_is_not_served_is_refused_unless_it_asks_for_nothing() {
-        for json in [
-            r#"{"tools": [{"type": "function"}]}"#,
-            r#"{"response_format": {"type": "json_object"}}"#,
-            r#"{"tool_choice": "auto"}"#,
-            r#"{"best_of": 3}"#,
-            r#"{"echo": true}"#,
+        for (page, json) in [
+            (Page::Chat, r#"{"audio": {"voice": "x"}}"#),
+            (Page::Chat, r#"{"best_of": 3}"#),
+            (Page::Chat, r#"{"echo": true}"#),
+            (Page::Completions, r#"{"suffix": "s"}"#),
+            (Page::Completions, r#"{"length_penalty": 0.5}"#),
         ] {
-            let refused = finish(json).expect_err(json);
+            let refused = finish(page, json).expect_err(json);
             assert!(json.contains(&*refused.field), "{json}: {refused}");
         }
-        for json in [
-            r#"{"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}"#,
-            r#"{"suffix": "", "best_of": 1, "length_penalty": 1.0, "user": "u", "x": null, "early_stopping": false}"#,
+        for (page, json) in [
+            (
+                Page::Chat,
+                r#"{"modalities": ["text"], "best_of": 1, "echo": false, "audio": {}}"#,
+            ),
+            (
+                Page::Completions,
+                r#"{"suffix": "", "length_penalty": 1.0, "user": "u", "x": null, "early_stopping": false}"#,
+            ),
         ] {
-            assert_eq!(finish(json), Ok(Vec::new()), "{json}");
+            assert_eq!(finish(page, json), Ok(Vec::new()), "{json}");
         }
         assert_eq!(
-            finish(r#"{"nobody": 1, "store": true}"#),
-            Ok(vec!["nobody".to_owned()])
+            finish(
+                Page::Chat,
+                r#"{"nobody": 1, "store": true, "suffix": "of another page"}"#
+            ),
+            Ok(vec!["nobody".to_owned(), "suffix".to_owned()])
         );
     }
 
     #[test]
     fn a_value_of_another_type_is_refused_with_the_type_that_is_expected() {
-        let mut fields =
-            Fields::parse(br#"{"a": "x", "b": 1.5, "c": -1, "d": 16.0, "e": null}"#).expect("an object");
+        let mut fields = Fields::parse(
+            Page::Chat,
+            br#"{"a": "x", "b": 1.5, "c": -1, "d": 16.0, "e": null}"#,
+        )
+        .expect("an object");
         assert_eq!(
             fields.float("a").expect_err("text").to_string(),
             "a: must be a number"

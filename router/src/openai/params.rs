@@ -77,12 +77,12 @@ fn usage(fields: &mut Fields, stream: bool) -> Result<UsageAsked, Invalid> {
             "is only allowed where stream is true",
         ));
     }
-    let mut options = Fields::of(options);
+    let mut options = fields.inner(options);
     let asked = UsageAsked {
         last: options.bool("include_usage")?.unwrap_or(false),
         each: options.bool("continuous_usage_stats")?.unwrap_or(false),
     };
-    fields.left_over("stream_options", options);
+    fields.left_over("stream_options", options, &["include_obfuscation"]);
     Ok(asked)
 }
 

@@ -6,7 +6,7 @@ use axum::{
 };
 use serde::Serialize;
 
-use super::{Api, Asked, chat::conversation, error::Problem, fields::Fields};
+use super::{Api, Asked, chat::conversation, error::Problem, fields::Fields, known::Page};
 use crate::{
     generate::{Input, Invalid},
     metrics::Call,
@@ -25,17 +25,55 @@ struct Prompt {
     prompt: String,
 }
 
+/// What a request for tokens says.
+struct ToTokenize {
+    model: String,
+    with_texts: bool,
+    input: Input,
+}
+
+impl ToTokenize {
+    fn read(fields: &mut Fields) -> Result<Self, Invalid> {
+        Ok(Self {
+            model: fields.string("model")?.unwrap_or_default(),
+            with_texts: fields.bool("return_token_strs")?.unwrap_or(false),
+            input: match fields.string("prompt")? {
+                Some(text) => Input::Text {
+                    text,
+                    add_special: fields.bool("add_special_tokens")?.unwrap_or(true),
+                },
+                None => Input::Chat(conversation(fields)?),
+            },
+        })
+    }
+}
+
+/// What a request for a text says.
+struct ToDetokenize {
+    model: String,
+    tokens: Vec<u32>,
+    skip_special: bool,
+}
+
+impl ToDetokenize {
+    fn read(fields: &mut Fields) -> Result<Self, Invalid> {
+        Ok(Self {
+            model: fields.string("model")?.unwrap_or_default(),
+            tokens: fields
+                .ids("tokens")?
+                .ok_or_else(|| Invalid::new("tokens", "is missing"))?,
+            skip_special: fields.bool("skip_special_tokens")?.unwrap_or(false),
+        })
+    }
+}
+
 pub(super) async fn tokenize(api: &Api, asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(&asked.body)?;
-    let model = fields.string("model")?.unwrap_or_default();
-    let with_texts = fields.bool("return_token_strs")?.unwrap_or(false);
-    let input = match fields.string("prompt")? {
-        Some(text) => Input::Text {
-            text,
-            add_special: fields.bool("add_special_tokens")?.unwrap_or(true),
-        },
-        None => Input::Chat(conversation(&mut fields)?),
-    };
+    let mut fields = Fields::parse(Page::Tokenize, &asked.body)?;
+    let ToTokenize {
+        model,
+        with_texts,
+        input,
+    } = ToTokenize::read(&mut fields)?;
     let ignored = asked.parsed(api, fields.finish()?);
     let entry = api.door.model(&model)?;
     if let Some(call) = call {
@@ -61,12 +99,12 @@ pub(super) async fn detokenize(
     asked: Asked,
     call: &mut Option<Call>,
 ) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(&asked.body)?;
-    let model = fields.string("model")?.unwrap_or_default();
-    let tokens = fields
-        .ids("tokens")?
-        .ok_or_else(|| Invalid::new("tokens", "is missing"))?;
-    let skip_special = fields.bool("skip_special_tokens")?.unwrap_or(false);
+    let mut fields = Fields::parse(Page::Detokenize, &asked.body)?;
+    let ToDetokenize {
+        model,
+        tokens,
+        skip_special,
+    } = ToDetokenize::read(&mut fields)?;
     let ignored = asked.parsed(api, fields.finish()?);
     let entry = api.door.model(&model)?;
     if let Some(call) = call {
@@ -78,4 +116,21 @@ pub(super) async fn detokenize(
         prompt: String::from_utf8_lossy(&bytes).into_owned(),
     };
     Ok(ignored.named_in(Json(body).into_response()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openai::known::assert_reads;
+
+    #[test]
+    fn what_is_served_is_read() {
+        let conversation = br#"{"messages": [{"role": "user", "content": "q"}]}"#;
+        let mut fields = Fields::parse(Page::Tokenize, conversation).expect("an object");
+        ToTokenize::read(&mut fields).expect("sound");
+        assert_reads(Page::Tokenize, &fields.asked_for);
+        let mut fields = Fields::parse(Page::Detokenize, br#"{"tokens": [1]}"#).expect("an object");
+        ToDetokenize::read(&mut fields).expect("sound");
+        assert_reads(Page::Detokenize, &fields.asked_for);
+    }
 }
