@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use futures::{StreamExt, future::join_all};
 use nix::sys::signal::{Signal, kill};
 use swallow_rpc::inference::v1::{
-    GenerateRequest, LogprobOptions, SamplingParams, StopCriteria, StreamGenerateRequest, StreamOptions,
-    generate_request::Prompt, generation_service_client::GenerationServiceClient,
+    GenerateRequest, Grammar, LogprobOptions, SamplingParams, StopCriteria, StreamGenerateRequest,
+    StreamOptions, generate_request::Prompt, generation_service_client::GenerationServiceClient, grammar,
     stream_generate_response::Event,
 };
 use swallow_tests::{Local, model_yaml, root, wait_for};
@@ -53,6 +53,16 @@ fn request(prompt: &str, sampling: SamplingParams, candidates: u32, logprobs: bo
     }
 }
 
+/// Numbers alone, which no model says for so long of itself.
+fn constrained(prompt: &str, sampling: SamplingParams) -> StreamGenerateRequest {
+    let mut request = request(prompt, sampling, 2, true);
+    let source = Some(grammar::Source::Regex("([1-9][0-9]{0,3}, )+".into()));
+    if let Some(generate) = &mut request.generate {
+        generate.grammar = Some(Grammar { source });
+    }
+    request
+}
+
 /// One of each kind of state that a continuation has to have.
 fn requests() -> Vec<StreamGenerateRequest> {
     let greedy = SamplingParams {
@@ -75,9 +85,10 @@ fn requests() -> Vec<StreamGenerateRequest> {
         request("1 2 3", greedy.clone(), 1, false),
         request("What is 12 plus 30?", greedy, 1, true),
         request("35を漢字で書いてください。", seeded.clone(), 3, false),
-        request("月曜日の次の日は", seeded, 1, true),
+        request("月曜日の次の日は", seeded.clone(), 1, true),
         request("Count: one two", penalised.clone(), 1, false),
         request("三百", penalised, 2, true),
+        constrained("5", seeded),
     ]
 }
 

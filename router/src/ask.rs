@@ -31,6 +31,17 @@ pub struct Sampling {
     pub logit_bias: Vec<(u32, f32)>,
 }
 
+/// What an output must follow; the worker compiles it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Grammar {
+    /// A JSON schema, as JSON.
+    JsonSchema(String),
+    /// A regular expression that the whole output matches.
+    Regex(String),
+    /// A context-free grammar in llguidance's variant of Lark's notation.
+    Lark(String),
+}
+
 /// A sound request: bounds were checked against the model at the door.
 #[derive(Clone, Debug)]
 pub struct Ask {
@@ -52,6 +63,8 @@ pub struct Ask {
     pub stop_token_ids: Vec<u32>,
     /// Run past the model's eos ids.
     pub ignore_eos: bool,
+    /// What each candidate must follow.
+    pub grammar: Option<Arc<Grammar>>,
     /// `Some(n)`: each output token's log-probability and the n most likely, n <= 20.
     pub logprobs: Option<u32>,
     /// The same for prompt tokens.

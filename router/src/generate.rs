@@ -367,6 +367,7 @@ fn prepared(
         min_tokens: stop.min_tokens.min(max_tokens),
         stop_token_ids,
         ignore_eos: stop.ignore_eos,
+        grammar: request.grammar.map(Arc::new),
         logprobs: request.logprobs,
         prompt_logprobs: request.prompt_logprobs,
         cache_salt: swallow_proto::prefix::salt(&request.cache_salt),

@@ -7,6 +7,7 @@ mod chat;
 mod completions;
 mod error;
 mod fields;
+mod format;
 mod known;
 mod logprobs;
 mod params;

@@ -1,5 +1,6 @@
 """Generated Python stubs against the main job: chat and generation, unary and streamed, health, errors, deadlines."""
 
+import re
 import time
 
 import grpc
@@ -82,3 +83,29 @@ def test_a_deadline_binds_a_stream(stubs, channel):
             pass
     assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert time.monotonic() - start < 5
+
+
+def test_a_generation_follows_its_grammar(stubs, channel):
+    service = stubs.generation_grpc.GenerationServiceStub(channel)
+    sampling = stubs.common.SamplingParams(temperature=1, seed=11)
+    common = {"model": "tiny", "text": "2 + 2 =", "sampling": sampling, "candidate_count": 3}
+    grammar = stubs.common.Grammar(regex="(春|夏)[0-9]{1,2}")
+    answer = service.Generate(stubs.generation.GenerateRequest(grammar=grammar, **common), timeout=60)
+    for candidate in answer.candidates:
+        assert re.fullmatch("(春|夏)[0-9]{1,2}", candidate.text), candidate.text
+    with pytest.raises(grpc.RpcError) as error:
+        bad = stubs.common.Grammar(json_schema='{"type": "nothing"}')
+        service.Generate(stubs.generation.GenerateRequest(grammar=bad, **common), timeout=60)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "nothing" in error.value.details()
+
+
+def test_a_conversation_goes_on_with_its_last_message(stubs, channel):
+    service = stubs.chat_grpc.ChatServiceStub(channel)
+    question = "What is 12 plus 30?"
+    whole = service.Chat(chat_request(stubs, question), timeout=60).candidates[0].message.content
+    head = whole[: whole.rindex(" ")]
+    request = chat_request(stubs, question, continue_final_message=True)
+    request.messages.add(role=stubs.chat.ROLE_ASSISTANT, content=head)
+    rest = service.Chat(request, timeout=60).candidates[0].message.content
+    assert head + rest == whole

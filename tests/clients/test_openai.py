@@ -1,6 +1,7 @@
 """The openai package against the main job: chat and completions, streamed and not, and the errors it raises."""
 
 import asyncio
+import json
 import pathlib
 import re
 
@@ -92,7 +93,6 @@ def test_chat_logprobs_carry_exact_bytes(client):
 
 
 def test_token_ids_are_taken_as_they_are(client, served):
-    import json
     import urllib.request
 
     def post(path, body):
@@ -139,7 +139,7 @@ def test_token_ids_and_the_prompt_s_scores_come_with_a_stream(client):
     chunks = [chunk.choices[0] for chunk in client.completions.create(stream=True, **common)]
     assert chunks[0].prompt_token_ids == whole.prompt_token_ids
     assert chunks[0].prompt_logprobs == whole.prompt_logprobs and whole.prompt_logprobs[0] is None
-    assert sum((chunk.token_ids or [] for chunk in chunks), []) == whole.token_ids
+    assert sum((getattr(chunk, "token_ids", []) for chunk in chunks), []) == whole.token_ids
     again = client.completions.create(
         model="tiny", prompt=whole.prompt_token_ids, max_tokens=5, temperature=0, extra_body=extra
     )
@@ -169,3 +169,60 @@ def test_every_field_of_the_package_is_served_refused_or_without_effect(page, pa
     section = API.read_text().split(f"## {page}\n")[1].split("\n## ")[0]
     documented = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
     assert fields <= documented, fields - documented
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"enum": ["燕", "llama"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def is_person(text):
+    person = json.loads(text)
+    return list(person) == ["name", "age"] and person["name"] in ("燕", "llama") and 0 <= person["age"] <= 99
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_follows_its_schema(client, temperature):
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
+    messages = [{"role": "user", "content": ENGLISH}]
+    common = {"model": "tiny", "messages": messages, "response_format": schema, "temperature": temperature, "seed": 5}
+    answer = client.chat.completions.create(n=3, max_tokens=200, **common)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop", choice.message.content
+        assert is_person(choice.message.content)
+    stream = client.chat.completions.create(stream=True, max_tokens=200, **common)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == answer.choices[0].message.content
+
+
+def test_regular_expressions_choices_and_grammars_bind_completions(client):
+    def complete(**extra):
+        answer = client.completions.create(
+            model="tiny", prompt="1 + 1 =", temperature=1, seed=3, max_tokens=40, n=4, extra_body=extra
+        )
+        return [choice.text for choice in answer.choices]
+
+    form = {"type": "regex", "regex": "[0-9]{2}(年|月)"}
+    assert all(re.fullmatch(form["regex"], text) for text in complete(response_format=form))
+    assert set(complete(structured_outputs={"choice": ["夏休み", "winter"]})) <= {"夏休み", "winter"}
+    grammar = 'start: WORD ("," WORD)~1..2\nWORD: /[a-c]+/'
+    assert all(re.fullmatch("[a-c]+(,[a-c]+){1,2}", text) for text in complete(guided_grammar=grammar) if "," in text)
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ({"type": "regex", "regex": "a(?=b)"}, "look-around"),
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "nothing"}}}, "nothing"),
+        ({"type": "regex", "regex": "(((((([a-z]{1,30}b?){1,30}b?){1,30}b?){1,30}b?){1,30}b?){1,30}b?)"}, "too"),
+        ({"type": "grammar", "grammar": "start: missing"}, "missing"),
+        ({"type": "xml"}, "xml"),
+    ],
+)
+def test_what_cannot_be_compiled_is_a_bad_request(client, form, words):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=words):
+            ask(client, ENGLISH, response_format=form, stream=stream)

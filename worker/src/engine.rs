@@ -225,8 +225,9 @@ impl<R: Runner> Engine<R> {
                 Output::Finished { seq, why, n_tokens } => {
                     let Some(live) = self.remove(seq) else { continue };
                     let (reason, stop) = live.reason(why, &self.facts.eos_token_ids);
-                    self.metrics
-                        .finished(Outcome::Finished(why), &live.timeline(now, n_tokens));
+                    let failure = live.failure();
+                    let outcome = failure.map_or(Outcome::Finished(why), |_| Outcome::Error);
+                    self.metrics.finished(outcome, &live.timeline(now, n_tokens));
                     let Some(session) = self.sessions.get_mut(live.session) else {
                         continue;
                     };
@@ -234,7 +235,7 @@ impl<R: Runner> Engine<R> {
                         handle: live.handle,
                         reason: reason.into(),
                         output_tokens: n_tokens,
-                        message: String::new(),
+                        message: failure.unwrap_or_default().to_owned(),
                         stop_token_id: stop,
                     });
                 }
@@ -259,6 +260,11 @@ impl<R: Runner> Engine<R> {
         let Some(live) = self.lives.get_mut(seq) else {
             return;
         };
+        if live.failure().is_some() {
+            // The token is nobody's; the sequence ends without it.
+            self.scheduler.cancel(seq);
+            return;
+        }
         match live.token(token, now) {
             None => self.metrics.first_token(live.since_arrival(now)),
             Some(since_last) => self.metrics.next_token(since_last),

@@ -9,6 +9,7 @@ pub mod config;
 pub mod device;
 pub mod engine;
 pub mod fetch;
+pub mod grammar;
 pub mod group;
 pub mod http;
 pub mod metrics;

@@ -172,6 +172,7 @@ mod tests {
             min_tokens: 0,
             stop_token_ids: vec![],
             ignore_eos: false,
+            grammar: None,
             logprobs: None,
             prompt_logprobs,
             cache_salt: 0,

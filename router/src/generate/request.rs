@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use tokio::time::Instant;
 
 use super::fault::Invalid;
-use crate::ask::Sampling;
+use crate::ask::{Grammar, Sampling};
 
 /// Most candidates of one prompt.
 pub const MAX_CANDIDATES: u32 = 128;
@@ -19,6 +19,8 @@ const MAX_STOP_STRINGS: usize = 256;
 const MAX_STOP_BYTES: usize = 16 << 10;
 const MAX_STOP_IDS: usize = 1024;
 const MAX_SALT_BYTES: usize = 1024;
+/// Workers read no more.
+const MAX_GRAMMAR_BYTES: usize = 64 << 10;
 
 /// What the model is to continue.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,6 +107,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// When it ends.
     pub stop: Stop,
+    /// What each candidate must follow.
+    pub grammar: Option<Grammar>,
     /// Scores of output tokens with so many alternatives.
     pub logprobs: Option<u32>,
     /// Scores of prompt tokens.
@@ -139,6 +143,13 @@ impl Request {
             0,
             MAX_SALT_BYTES as u64,
         )?;
+        if let Some(Grammar::JsonSchema(text) | Grammar::Regex(text) | Grammar::Lark(text)) = &self.grammar {
+            bounded("response_format", text.len() as u64, 1, MAX_GRAMMAR_BYTES as u64)?;
+            if self.stop.ignore_eos {
+                let why = "an output that must follow a grammar ends with the model's end of sequence";
+                return Err(Invalid::new("ignore_eos", why));
+            }
+        }
         let only_scores = self.stop.max_tokens == Some(0);
         if only_scores && self.prompt_logprobs.is_none() {
             return Err(Invalid::new(
@@ -239,7 +250,7 @@ fn bounded(field: &'static str, value: u64, least: u64, most: u64) -> Result<(),
     }
     let what = match field {
         "logit_bias" | "stop" | "stop_token_ids" => " entries",
-        "cache_salt" => " bytes",
+        "cache_salt" | "response_format" => " bytes",
         _ => "",
     };
     Err(Invalid::new(

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
-    ask::Sampling,
+    ask::{Grammar, Sampling},
     generate::{Chat, Input, Invalid, Request, Stop, Unasked},
 };
 
@@ -53,6 +53,7 @@ pub(super) fn generate(wire: wire::GenerateRequest, deadline: Option<Instant>) -
         logprobs: wire.logprobs,
         policy: wire.policy,
         candidate_count: wire.candidate_count,
+        grammar: wire.grammar,
     }
     .request(input, Unasked::Tokens(DEFAULT_TOKENS), deadline)
 }
@@ -90,6 +91,7 @@ pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result
         logprobs: wire.logprobs,
         policy: wire.policy,
         candidate_count: wire.candidate_count,
+        grammar: wire.grammar,
     }
     .request(input, Unasked::ContextEnd, deadline)
 }
@@ -139,6 +141,7 @@ struct Common {
     logprobs: Option<wire::LogprobOptions>,
     policy: Option<wire::RequestPolicy>,
     candidate_count: u32,
+    grammar: Option<wire::Grammar>,
 }
 
 impl Common {
@@ -150,6 +153,7 @@ impl Common {
             input,
             sampling: sampling(self.sampling.unwrap_or_default()),
             stop: stop(self.stop.unwrap_or_default(), unasked),
+            grammar: self.grammar.map(grammar).transpose()?,
             logprobs: switched(
                 "logprobs.top_n",
                 "logprobs.output",
@@ -168,6 +172,19 @@ impl Common {
             max_queue_wait: policy.max_queue_wait.map(wait).transpose()?,
             deadline,
         })
+    }
+}
+
+fn grammar(wire: wire::Grammar) -> Result<Grammar, Invalid> {
+    use wire::grammar::Source;
+    match wire.source {
+        Some(Source::JsonSchema(schema)) => Ok(Grammar::JsonSchema(schema)),
+        Some(Source::Regex(regex)) => Ok(Grammar::Regex(regex)),
+        Some(Source::Lark(lark)) => Ok(Grammar::Lark(lark)),
+        None => Err(Invalid::new(
+            "grammar",
+            "must have a source that this version knows",
+        )),
     }
 }
 

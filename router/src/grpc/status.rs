@@ -52,6 +52,8 @@ pub(super) fn field(name: &str) -> String {
         "logprobs" => "logprobs.top_n",
         "prompt_logprobs" => "logprobs.prompt_top_n",
         "cache_salt" => "policy.cache_salt",
+        "response_format" => "grammar",
+        "ignore_eos" => "stop.ignore_eos",
         "temperature" | "top_p" | "top_k" | "min_p" | "presence_penalty" | "frequency_penalty"
         | "repetition_penalty" | "seed" | "logit_bias" => return format!("sampling.{name}"),
         other => other,

@@ -153,7 +153,7 @@ fn asks_for_nothing(value: &Value, harmless: &[&str]) -> bool {
         _ => false,
     };
     let same = |text: &&str| serde_json::from_str::<Value>(text).is_ok_and(|harmless| harmless == *value);
-    empty || harmless.iter().any(|text| same(text))
+    empty || harmless.iter().any(same)
 }
 
 /// Numbers like 16.0 are integers, as JSON has one kind of number only.

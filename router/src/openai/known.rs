@@ -36,6 +36,7 @@ pub(super) enum Fate {
 pub(super) struct Known {
     pub(super) name: &'static str,
     pub(super) pages: &'static [Page],
+    #[cfg_attr(not(test), expect(dead_code, reason = "the document alone tells it"))]
     pub(super) origin: Origin,
     pub(super) fate: Fate,
     /// What it does, or why it does not.
@@ -104,7 +105,6 @@ const TOKENS: &[Page] = &[Page::Tokenize];
 const BACK: &[Page] = &[Page::Detokenize];
 
 const TOOLS: &str = "tool calls are not supported";
-const CONSTRAINED: &str = "constrained decoding is not supported";
 const TEXT_ONLY: &str = "only text goes in and out";
 const BEAMS: &str = "beam search is not supported";
 
@@ -170,6 +170,24 @@ const KNOWN: &[Known] = &[
     ),
     vllm(BOTH, "top_k", "0 or -1 keep all"),
     vllm(BOTH, "min_p", "0 to 1"),
+    openai(
+        BOTH,
+        "response_format",
+        "`text`, `json_object`, `json_schema`; and `{\"type\": \"regex\", \"regex\": ...}`, `{\"type\": \"grammar\", \"grammar\": ...}` in Lark's notation",
+    ),
+    vllm(
+        BOTH,
+        "structured_outputs",
+        "one of `json`, `regex`, `choice`, `grammar`, `json_object`",
+    ),
+    vllm(BOTH, "guided_json", "older form of `structured_outputs.json`"),
+    vllm(BOTH, "guided_regex", "older form of `structured_outputs.regex`"),
+    vllm(BOTH, "guided_choice", "older form of `structured_outputs.choice`"),
+    vllm(
+        BOTH,
+        "guided_grammar",
+        "older form of `structured_outputs.grammar`",
+    ),
     vllm(BOTH, "repetition_penalty", "above 0, to 10"),
     vllm(BOTH, "min_tokens", "no stop before so many tokens"),
     vllm(BOTH, "stop_token_ids", "at most 1024"),
@@ -227,17 +245,11 @@ const KNOWN: &[Known] = &[
     ),
     refused(
         BOTH,
-        OpenAi,
-        "response_format",
-        &["{\"type\":\"text\"}"],
-        CONSTRAINED,
+        Vllm,
+        "guided_whitespace_pattern",
+        &[],
+        "white space is as JSON has it",
     ),
-    refused(BOTH, Vllm, "structured_outputs", &[], CONSTRAINED),
-    refused(BOTH, Vllm, "guided_json", &[], CONSTRAINED),
-    refused(BOTH, Vllm, "guided_regex", &[], CONSTRAINED),
-    refused(BOTH, Vllm, "guided_choice", &[], CONSTRAINED),
-    refused(BOTH, Vllm, "guided_grammar", &[], CONSTRAINED),
-    refused(BOTH, Vllm, "guided_whitespace_pattern", &[], CONSTRAINED),
     refused(
         BOTH,
         Vllm,
@@ -373,6 +385,9 @@ const KNOWN: &[Known] = &[
 ];
 
 #[cfg(test)]
+pub(super) use tests::assert_reads;
+
+#[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
@@ -465,6 +480,3 @@ listed). A field that is not listed is ignored, named in the response header `x-
         assert_eq!(read, served, "{page:?}");
     }
 }
-
-#[cfg(test)]
-pub(super) use tests::assert_reads;

@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 
-use super::{fields::Fields, render::UsageAsked};
+use super::{fields::Fields, format, render::UsageAsked};
 use crate::{
-    ask::Sampling,
+    ask::{Grammar, Sampling},
     generate::{Input, Invalid, Request, Stop, Unasked},
 };
 
@@ -20,6 +20,7 @@ pub(super) struct Common {
     pub skip_special: bool,
     pub cache_salt: String,
     pub prompt_logprobs: Option<u32>,
+    pub grammar: Option<Grammar>,
     /// Name tokens by id in log-probabilities.
     pub ids_as_names: bool,
     /// Token ids beside the text, of the prompt too.
@@ -39,6 +40,7 @@ impl Common {
             skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
             cache_salt: fields.string("cache_salt")?.unwrap_or_default(),
             prompt_logprobs: fields.count("prompt_logprobs")?,
+            grammar: format::grammar(fields)?,
             ids_as_names: fields.bool("return_tokens_as_token_ids")?.unwrap_or(false),
             token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
         })
@@ -56,6 +58,7 @@ impl Common {
             input,
             sampling: self.sampling.clone(),
             stop: self.stop.clone(),
+            grammar: self.grammar.clone(),
             logprobs,
             prompt_logprobs,
             candidates: self.n,

@@ -274,6 +274,7 @@ mod tests {
             min_tokens: 0,
             stop_token_ids: Vec::new(),
             ignore_eos: false,
+            grammar: None,
             logprobs: Some(0),
             prompt_logprobs: None,
             cache_salt: 0,

@@ -3,7 +3,7 @@
 use swallow_rpc::worker::v1 as rpc;
 
 use crate::{
-    ask::{Ask, Sampling},
+    ask::{Ask, Grammar, Sampling},
     dispatch::Part,
 };
 
@@ -29,7 +29,18 @@ pub(super) fn request(ask: &Ask, handle: u32, attempt: u32, part: &Part) -> rpc:
         budget: None,
         cache_salt: ask.cache_salt,
         resumed_tokens: u32::try_from(part.said.len()).expect("at most max_tokens"),
+        grammar: ask.grammar.as_deref().map(grammar),
     }
+}
+
+fn grammar(grammar: &Grammar) -> rpc::Grammar {
+    use rpc::grammar::Source;
+    let source = match grammar.clone() {
+        Grammar::JsonSchema(schema) => Source::JsonSchema(schema),
+        Grammar::Regex(regex) => Source::Regex(regex),
+        Grammar::Lark(lark) => Source::Lark(lark),
+    };
+    rpc::Grammar { source: Some(source) }
 }
 
 fn sampling(sampling: &Sampling) -> rpc::Sampling {

@@ -213,6 +213,7 @@ fn ask(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Ask {
         min_tokens: 0,
         stop_token_ids: vec![],
         ignore_eos: false,
+        grammar: None,
         logprobs: None,
         prompt_logprobs: None,
         cache_salt: 0,

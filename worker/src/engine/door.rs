@@ -6,10 +6,10 @@
 use std::{sync::Arc, time::Duration};
 
 use swallow_proto::prefix;
-use swallow_rpc::worker::v1::{Request, Sampling};
+use swallow_rpc::worker::v1::{Grammar, Request, Sampling, grammar};
 
 use super::{Order, Submission, Ticket};
-use crate::{checkpoint::GenerationConfig, sampling::SamplingParams};
+use crate::{checkpoint::GenerationConfig, grammar::Source, sampling::SamplingParams};
 
 /// Most entries of a distribution that a response carries.
 const TOP_LOGPROBS_MAX: u32 = 20;
@@ -76,17 +76,30 @@ pub struct Door {
 impl Door {
     /// Parses one request; a bad one keeps its handle, so that its refusal can be told. `seed` serves a request
     /// that brings none.
-    pub fn enter(&self, request: Request, seed: u64) -> Submission {
+    ///
+    /// Where a grammar comes beside it, the order is to get its place in that before it goes to the loop.
+    pub fn enter(&self, mut request: Request, seed: u64) -> (Submission, Option<Source>) {
         let handle = request.handle;
-        match self.order(request, seed) {
-            Ok((ticket, order)) => Submission {
-                handle,
-                order: Ok((ticket, order)),
-            },
-            Err(message) => Submission {
-                handle,
-                order: Err(message),
-            },
+        let grammar = request.grammar.take();
+        let entered = grammar
+            .map(|grammar| source(grammar, request.ignore_eos))
+            .transpose()
+            .and_then(|source| Ok((self.order(request, seed)?, source)));
+        match entered {
+            Ok((order, source)) => (
+                Submission {
+                    handle,
+                    order: Ok(order),
+                },
+                source,
+            ),
+            Err(message) => (
+                Submission {
+                    handle,
+                    order: Err(message),
+                },
+                None,
+            ),
         }
     }
 
@@ -221,6 +234,7 @@ impl Door {
             min_tokens: request.min_tokens,
             stop_ids,
             resumed: request.resumed_tokens,
+            grammar: None,
         })
     }
 
@@ -244,6 +258,21 @@ impl Door {
         }
         Ok(bias)
     }
+}
+
+fn source(grammar: Grammar, ignore_eos: bool) -> Result<Source, String> {
+    if ignore_eos {
+        return Err(
+            "a grammar ends with the model's end-of-text token, which ignore_eos runs past; send one of them"
+                .into(),
+        );
+    }
+    Ok(match grammar.source {
+        Some(grammar::Source::JsonSchema(schema)) => Source::JsonSchema(schema),
+        Some(grammar::Source::Regex(regex)) => Source::Regex(regex),
+        Some(grammar::Source::Lark(lark)) => Source::Lark(lark),
+        None => return Err("grammar has a kind that this worker does not know; run the same release".into()),
+    })
 }
 
 fn check_logprobs(request: &Request) -> Result<(), String> {
@@ -304,7 +333,7 @@ mod tests {
     }
 
     fn enter(request: Request) -> Result<Box<Order>, String> {
-        door().enter(request, 42).order.map(|(_, order)| order)
+        door().enter(request, 42).0.order.map(|(_, order)| order)
     }
 
     fn sampling(change: impl FnOnce(&mut Sampling)) -> Request {
@@ -377,6 +406,31 @@ mod tests {
         };
         assert_eq!(order(-5), Some(Duration::ZERO));
         assert_eq!(order(i64::MAX), Some(BUDGET_MAX));
+    }
+
+    #[test]
+    fn a_grammar_is_taken_out_or_refused() {
+        let grammar = |source| Some(Grammar { source });
+        let regex = || grammar(Some(grammar::Source::Regex("a".into())));
+        let entered = |grammar, ignore_eos| {
+            let (submission, source) = door().enter(
+                Request {
+                    grammar,
+                    ignore_eos,
+                    ..request()
+                },
+                42,
+            );
+            (submission.order.err().unwrap_or_default(), source)
+        };
+        assert_eq!(
+            entered(regex(), false),
+            (String::new(), Some(Source::Regex("a".into())))
+        );
+        let (unknown, source) = entered(grammar(None), false);
+        assert!(unknown.contains("does not know") && source.is_none(), "{unknown}");
+        let (endless, source) = entered(regex(), true);
+        assert!(endless.contains("ignore_eos") && source.is_none(), "{endless}");
     }
 
     #[test]

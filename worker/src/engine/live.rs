@@ -9,7 +9,7 @@ use swallow_rpc::worker::v1::finished::Reason;
 use swallow_schedule::{Finish, SeqId};
 
 use super::{Order, SessionId};
-use crate::{metrics::Timeline, sampling::TokenScore};
+use crate::{grammar::Constraint, metrics::Timeline, sampling::TokenScore};
 
 /// One request.
 #[derive(Debug)]
@@ -26,6 +26,7 @@ pub(super) struct Live {
     output_tokens: u32,
     /// Position of the first prompt token whose score was not sent.
     next_score: u32,
+    grammar: Option<Constraint>,
 }
 
 impl Live {
@@ -42,7 +43,13 @@ impl Live {
             last_token: None,
             output_tokens: 0,
             next_score: 1, // Nothing predicts the first token.
+            grammar: order.params.grammar.clone(),
         }
+    }
+
+    /// Why its output can't go on, if its grammar leaves it no way.
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.grammar.as_ref()?.failure()
     }
 
     pub(super) fn started(&mut self, now: Instant) {
@@ -87,6 +94,9 @@ impl Live {
 
     /// The wire's reason, and the token that stopped it.
     pub(super) fn reason(&self, why: Finish, eos_token_ids: &[u32]) -> (Reason, Option<u32>) {
+        if self.failure().is_some() {
+            return (Reason::Rejected, None);
+        }
         match why {
             Finish::Stop => {
                 let stop = self.last_token.map(|(_, token)| token);

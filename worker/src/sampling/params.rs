@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::grammar::Constraint;
+
 /// How tokens of one sequence are chosen. Values are checked where requests enter; out of range they make a strange
 /// choice, never a panic.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +38,9 @@ pub struct SamplingParams {
     pub stop_ids: Arc<[u32]>,
     /// The last so many tokens of the prompt count as generated: another replica did.
     pub resumed: u32,
+    /// What generated tokens must follow. The sequence then has to wait for each of its tokens, because the next mask
+    /// follows from it.
+    pub grammar: Option<Constraint>,
 }
 
 impl SamplingParams {
@@ -57,6 +62,7 @@ impl SamplingParams {
             min_tokens: 0,
             stop_ids: Arc::from([]),
             resumed: 0,
+            grammar: None,
         }
     }
 

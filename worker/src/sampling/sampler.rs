@@ -19,6 +19,9 @@ use super::{
 #[error("the logits are not finite numbers")]
 pub struct BadLogits;
 
+/// Stands where no token can: any that a vocabulary has.
+const NOBODYS: u32 = 0;
+
 /// State of one sequence, from admission to the end.
 #[derive(Clone, Debug)]
 pub struct Sampler {
@@ -75,8 +78,18 @@ impl Sampler {
         let raw = self.params.logprobs.map(|n_top| (n_top, row.to_vec()));
         self.bias(row);
         self.penalise(row);
+        if let Some(grammar) = &self.params.grammar
+            && !grammar.mask(index as usize, row)
+        {
+            // Whoever watches the grammar ends the sequence; this token is nobody's.
+            self.remember(NOBODYS);
+            return Ok((NOBODYS, None));
+        }
         self.ban_early_stops(row, index);
         let token = self.choose(row, position)?;
+        if let Some(grammar) = &self.params.grammar {
+            grammar.take(token);
+        }
         let score = match raw {
             Some((n_top, raw)) => Some(LogSoftmax::new(&raw).ok_or(BadLogits)?.score(token, n_top)),
             None => None,
@@ -93,6 +106,7 @@ impl Sampler {
         params.temperature <= 0.0
             && params.logprobs.is_none()
             && params.logit_bias.is_empty()
+            && params.grammar.is_none()
             && !params.penalises()
             && !bans
     }
@@ -168,7 +182,7 @@ impl Sampler {
         }
     }
 
-    /// Leaves the row alone if nothing but stop tokens could be generated.
+    /// Leaves the row alone if nothing but stop tokens could be generated, as at a grammar's end.
     fn ban_early_stops(&self, row: &mut [f32], index: u32) {
         if index >= self.params.min_tokens {
             return;
@@ -180,7 +194,8 @@ impl Sampler {
             .copied()
             .filter(|&id| (id as usize) < row.len())
             .collect();
-        if stops.len() < row.len() {
+        let others = || (0..).zip(row.iter()).filter(|(id, _)| !stops.contains(id));
+        if others().any(|(_, logit)| logit.is_finite()) {
             for id in stops {
                 row[id as usize] = f32::NEG_INFINITY;
             }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use swallow_rpc::worker::v1::{ModelSpec, model_spec};
 use swallow_schedule::Limits;
 
-use crate::{engine::Door, state::Memory};
+use crate::{engine::Door, grammar::Grammars, state::Memory};
 
 /// What Welcome and the door say about the model.
 #[derive(Clone, Debug)]
@@ -35,6 +35,13 @@ pub struct ModelFile {
 }
 
 impl Facts {
+    /// What compiles grammars for this model. One without a tokenizer has none of whatever kind.
+    pub(crate) fn grammars(&self) -> Grammars {
+        let tokenizer = self.files.iter().find(|file| file.name == "tokenizer.json");
+        let bytes = tokenizer.map(|file| file.bytes.clone()).unwrap_or_default();
+        Grammars::new(bytes, self.vocab_size, Arc::clone(&self.eos_token_ids))
+    }
+
     pub(crate) fn model_spec(&self, served_names: &[String]) -> ModelSpec {
         let files = self.files.iter().map(|file| model_spec::File {
             name: file.name.clone(),

@@ -21,7 +21,11 @@ use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Facts, PROTOCOL, outbox::outbox};
+use super::{
+    Facts, PROTOCOL,
+    compiler::{Compiler, Entry, Waiting},
+    outbox::outbox,
+};
 use crate::{
     engine::{Command, Door, SessionId, Submission},
     state::{Phase, State},
@@ -36,6 +40,7 @@ const FILE_CHUNK: usize = 256 * 1024;
 pub(super) struct Open {
     pub(super) inbox: mpsc::Sender<Command>,
     pub(super) door: Arc<Door>,
+    pub(super) compiler: Arc<Compiler>,
     pub(super) facts: Arc<Facts>,
 }
 
@@ -91,6 +96,9 @@ impl WorkerService for Sessions {
             id,
             inbox: open.inbox.clone(),
             door: Arc::clone(&open.door),
+            compiler: Arc::clone(&open.compiler),
+            waiting: Waiting::default(),
+            tasks: self.tasks.clone(),
             gone: outbox.gone(),
         };
         let first = Command::Open {
@@ -145,6 +153,9 @@ struct Reader {
     id: SessionId,
     inbox: mpsc::Sender<Command>,
     door: Arc<Door>,
+    compiler: Arc<Compiler>,
+    waiting: Waiting,
+    tasks: TaskTracker,
     gone: CancellationToken,
 }
 
@@ -188,7 +199,7 @@ impl Reader {
                 tracing::debug!(handles = ?cancel.handles, reason = reason.as_str_name(), "cancel");
                 Ok(Command::Cancel {
                     session,
-                    handles: cancel.handles,
+                    handles: self.waiting.cancel(cancel.handles),
                 })
             }
             Some(Frame::Ping(ping)) => Ok(Command::Ping {
@@ -210,11 +221,33 @@ impl Reader {
 
     fn submit(&self, submit: Submit) -> Command {
         let arrived = Instant::now();
-        let submissions: Vec<Submission> = submit
-            .requests
-            .into_iter()
-            .map(|request| self.door.enter(request, rand::random()))
-            .collect();
+        let mut submissions: Vec<Submission> = Vec::with_capacity(submit.requests.len());
+        for request in submit.requests {
+            match self.door.enter(request, rand::random()) {
+                (
+                    Submission {
+                        handle,
+                        order: Ok(order),
+                    },
+                    Some(source),
+                ) => {
+                    let entry = Entry {
+                        session: self.id,
+                        handle,
+                        order,
+                        source,
+                        arrived,
+                    };
+                    let enter = entry.enter(
+                        Arc::clone(&self.compiler),
+                        self.inbox.clone(),
+                        self.waiting.clone(),
+                    );
+                    self.tasks.spawn(enter);
+                }
+                (submission, _) => submissions.push(submission),
+            }
+        }
         Command::Submit {
             session: self.id,
             submissions,

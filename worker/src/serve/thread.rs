@@ -7,7 +7,7 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 
-use super::{Loaded, ServeError, session::Open};
+use super::{Loaded, ServeError, compiler::Compiler, session::Open};
 use crate::{
     engine::{Engine, INBOX_MAX, Parts, Runner},
     metrics::{Metrics, Sizes},
@@ -68,6 +68,7 @@ impl EngineThread {
         let open = Open {
             inbox: inbox_tx,
             door: Arc::new(loaded.door),
+            compiler: Arc::new(Compiler::new(facts.grammars())),
             facts: Arc::clone(&facts),
         };
         let engine = Engine::new(Parts {

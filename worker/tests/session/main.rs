@@ -3,6 +3,7 @@
 
 mod ends;
 mod fake;
+mod grammars;
 mod harness;
 mod ports;
 mod ranks;

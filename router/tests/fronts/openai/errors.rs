@@ -8,7 +8,8 @@ async fn what_is_not_served_is_refused_by_name() {
     for (field, value) in [
         ("tools", json!([{"type": "function"}])),
         ("tool_choice", json!("auto")),
-        ("response_format", json!({"type": "json_object"})),
+        ("response_format.type", json!({"type": "xml"})),
+        ("response_format", json!({"type": "regex", "regex": ""})),
         ("audio", json!({"voice": "x"})),
         ("temperature", json!(2.5)),
         ("temperature", json!("hot")),
