@@ -177,6 +177,7 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
         max_step_tokens: most.max(longest).max(args.max_step_tokens),
         max_model_len: (args.context + 1).max(longest),
         step_timeout: STEP_TIMEOUT,
+        steps_ahead: 1,
         fault: None,
     };
     let started = Instant::now();

@@ -1,9 +1,9 @@
-//! THE LOOP: drain the inbox, let the scheduler decide, let the group compute, record, tell.
+//! THE LOOP: drain the inbox, let the scheduler decide, launch, record what was launched before, tell.
 //!
 //! One thread owns scheduler, group and sessions, so nothing here is locked. It waits only when there is nothing to
 //! compute. Whatever a router sends is bounded before it comes here, and no router can make the loop wait: frames go
-//! to outboxes that are cut when full. Planning, running and recording are separate steps, because a device that
-//! runs ahead plans the next step before it records the last.
+//! to outboxes that are cut when full. A runner that computes by itself has the next step before the tokens of the last
+//! one are seen here; a sequence that turns out to have ended is then computed once too often, and nobody hears of it.
 
 mod command;
 mod credits;
@@ -17,7 +17,7 @@ mod sessions;
 mod tickets;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -94,10 +94,19 @@ pub struct Engine<R> {
     tickets: Tickets,
     rates: Rates,
     reports: Reports,
+    /// Launched and not recorded, oldest first.
+    flights: VecDeque<Flight>,
     /// Time zero of the scheduler.
     epoch: Instant,
     last_step: StepId,
     drain_until: Option<Instant>,
+}
+
+/// A step that the runner has.
+struct Flight {
+    step: Step,
+    /// When nothing but this step was left to compute: when it was launched, or when the one before it was done.
+    begun: Instant,
 }
 
 impl<R: Runner> Engine<R> {
@@ -125,6 +134,7 @@ impl<R: Runner> Engine<R> {
             tickets: Tickets::default(),
             rates: Rates::default(),
             reports: Reports::default(),
+            flights: VecDeque::new(),
             epoch: Instant::now(),
             last_step: StepId(0),
             drain_until: None,
@@ -143,17 +153,14 @@ impl<R: Runner> Engine<R> {
                 self.sessions.end(&Ok(()));
                 return Ok(());
             }
-            match self.scheduler.step(self.now()) {
-                Some(step) => {
-                    let result = self.compute(&step)?;
-                    self.record(&step, result);
-                    self.tell();
-                }
-                None => {
-                    self.tell();
-                    if !self.wait() {
-                        return Ok(());
-                    }
+            let launched = self.launch()?;
+            if self.flights.len() >= self.runner.steps_ahead() || (!launched && !self.flights.is_empty()) {
+                self.finish()?;
+                self.tell();
+            } else if !launched {
+                self.tell();
+                if !self.wait() {
+                    return Ok(());
                 }
             }
         }
@@ -168,13 +175,39 @@ impl<R: Runner> Engine<R> {
         Micros(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
     }
 
-    fn compute(&mut self, step: &Step) -> Result<StepResult, EngineError> {
+    /// Gives the runner the next step, if there is one.
+    fn launch(&mut self) -> Result<bool, EngineError> {
+        let Some(step) = self.scheduler.step(self.now()) else {
+            return Ok(false);
+        };
+        if let Err(error) = self.runner.launch(&step) {
+            return Err(self.fail(&step, &error.to_string()));
+        }
         let begun = Instant::now();
-        let result = self
-            .runner
-            .run(step)
-            .map_err(|error| self.fail(step, &error.to_string()))?;
-        let took = begun.elapsed();
+        self.flights.push_back(Flight { step, begun });
+        Ok(true)
+    }
+
+    /// Waits for the oldest launched step and records what came of it.
+    fn finish(&mut self) -> Result<(), EngineError> {
+        let Some(Flight { step, begun }) = self.flights.pop_front() else {
+            return Ok(());
+        };
+        let result = match self.runner.finish() {
+            Ok(result) => result,
+            Err(error) => return Err(self.fail(&step, &error.to_string())),
+        };
+        let now = Instant::now();
+        if let Some(next) = self.flights.front_mut() {
+            next.begun = now;
+        }
+        self.count(&step, now.saturating_duration_since(begun));
+        self.last_step = step.id;
+        self.record(&step, result);
+        Ok(())
+    }
+
+    fn count(&mut self, step: &Step, took: Duration) {
         let decode = step
             .works
             .iter()
@@ -184,12 +217,10 @@ impl<R: Runner> Engine<R> {
         let rows: u32 = step.works.iter().map(swallow_schedule::Work::rows).sum();
         self.rates.step(rows - decode, decode, took);
         self.metrics.step(rows, took);
-        self.last_step = step.id;
-        Ok(result)
     }
 
-    /// Gives the scheduler what was sampled. At this point the last step's outputs are all told, so the scores belong
-    /// to the tokens that this commit brings out.
+    /// Gives the scheduler what was sampled. Outputs with tokens come from commits alone, and those of earlier ones are
+    /// told, so the scores belong to the tokens that this commit brings out.
     fn record(&mut self, step: &Step, result: StepResult) {
         let sampled: Vec<u32> = result.sampled.iter().map(|sampled| sampled.token).collect();
         self.scheduler.commit(step.id, &sampled);
@@ -278,7 +309,7 @@ impl<R: Runner> Engine<R> {
         }
     }
 
-    /// Forgets a sequence that no step names any more.
+    /// Forgets a sequence that no step names any more, but for those that the runner has.
     fn remove(&mut self, seq: SeqId) -> Option<Live> {
         let live = self.lives.remove(seq)?;
         self.runner.retire(seq);

@@ -17,7 +17,7 @@ use support::{
 use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 use swallow_worker::{
     checkpoint::LlamaConfig,
-    device::cuda::GroupId,
+    device::{AHEAD_MAX, cuda::GroupId},
     group::{Group, GroupSpec, LoadProgress, Machine},
     model::{Dummy, Weights},
     sampling::SamplingParams,
@@ -43,6 +43,10 @@ fn spec(machine: Machine) -> GroupSpec {
         n_blocks: 2048,
         max_step_tokens: 2048,
         max_model_len: 16_384,
+        steps_ahead: match machine {
+            Machine::Cpu => 1,
+            Machine::Cuda => AHEAD_MAX,
+        },
         ..support::spec(1)
     }
 }

@@ -93,6 +93,17 @@ fn results_do_not_depend_on_the_batch() {
             n_blocks: 14,
             ..base
         };
+        let ahead = GroupSpec {
+            steps_ahead: 2,
+            ..threads.clone()
+        };
+        let mut engine = Engine::start(&fixture("tiny"), ahead);
+        assert_eq!(
+            alone,
+            all(&engine.run(&requests, 1)),
+            "TP {tp}: a step ahead of the host, little memory"
+        );
+        assert!(engine.scheduler.load().preemptions > 0);
         let mut engine = Engine::start(&fixture("tiny"), threads);
         assert_eq!(
             alone,

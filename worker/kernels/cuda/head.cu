@@ -42,13 +42,20 @@ extern "C" __global__ void __launch_bounds__(256) argmax_parts(const float* __re
     }
 }
 
-// One warp a row: the best of its `n` parts.
+// One warp a row: the best of its `n` parts, which lie `stride` apart. `last`, if there is one, keeps the token for the
+// row's slot; a slot of all ones is none.
 extern "C" __global__ void __launch_bounds__(32) argmax_merge(const u64* __restrict__ parts, unsigned n,
-                                                               u64* __restrict__ best) {
+                                                               unsigned stride, unsigned row_stride,
+                                                               u64* __restrict__ best,
+                                                               const unsigned* __restrict__ slots,
+                                                               unsigned* __restrict__ last) {
+    const u64* row = parts + (size_t)blockIdx.x * row_stride;
     u64 mine = 0;
-    for (unsigned i = threadIdx.x; i < n; i += 32) mine = better(mine, parts[(size_t)blockIdx.x * n + i]);
+    for (unsigned i = threadIdx.x; i < n; i += 32) mine = better(mine, row[(size_t)i * stride]);
     for (int d = 16; d; d >>= 1) mine = better(mine, __shfl_xor_sync(~0u, mine, d));
-    if (threadIdx.x == 0) best[blockIdx.x] = mine;
+    if (threadIdx.x != 0) return;
+    best[blockIdx.x] = mine;
+    if (last && slots[blockIdx.x] != ~0u) last[slots[blockIdx.x]] = ~(unsigned)mine;
 }
 
 static __device__ __forceinline__ u64 mix(u64 z) {

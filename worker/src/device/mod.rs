@@ -16,7 +16,10 @@ mod step;
 use std::{ops::Range, sync::Arc};
 
 pub use part::{Part, RandomTensor, Source};
-pub use step::{BadStep, HeadAsk, HeadOut, HeadUse, RowToken, StepMeta, StepShape, WorkMeta};
+pub use step::{BadStep, HeadAsk, HeadOut, HeadUse, Landed, RowToken, StepMeta, StepShape, WorkMeta};
+
+/// Steps that a device may have been given before the first of them has landed.
+pub const AHEAD_MAX: usize = 2;
 
 /// Heads of one rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -305,17 +308,24 @@ pub trait Device {
     ) -> Result<(), DeviceError>;
 
     /// Exchange. Logits of the asked rows alone, from the vocabulary-sharded head; samples and scores them, and keeps
-    /// each slot's sampled token for the next step. Also checks that all ranks agree on the residual stream. Returns
-    /// what this rank computed: each ask is answered by exactly one rank.
+    /// each slot's sampled token for the next step. This ends a step: what came of it is fetched with
+    /// [`Device::land`], and a device that runs by itself may return before it has computed anything.
     ///
     /// # Errors
-    /// If another rank failed, ranks disagree, or logits are not finite.
+    /// If another rank failed, or logits are not finite.
     fn head_sample(
         &mut self,
-        step: &Self::Step,
+        step: Self::Step,
         residual: &Self::Rows,
         normed: &Self::Rows,
         head: &Self::Matrix,
         split: &VocabSplit,
-    ) -> Result<Vec<HeadOut>, DeviceError>;
+    ) -> Result<(), DeviceError>;
+
+    /// What came of the oldest step that has not landed; `None` if it is still computed. At most [`AHEAD_MAX`] steps
+    /// may be waiting to land.
+    ///
+    /// # Errors
+    /// If another rank failed, the device failed, or logits are not finite.
+    fn land(&mut self) -> Result<Option<Landed>, DeviceError>;
 }

@@ -89,6 +89,15 @@ pub struct HeadOut {
     pub score: Option<TokenScore>,
 }
 
+/// What a rank computed in a step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Landed {
+    /// Its answers: each ask is answered by exactly one rank.
+    pub outs: Vec<HeadOut>,
+    /// A hash over the residual stream; equal on all ranks of a group, or one of them is wrong.
+    pub fingerprint: u64,
+}
+
 /// A step that does not fit the device. The scheduler keeps these bounds; this is a defect of the caller.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("step {step} cannot run: {what}")]

@@ -17,14 +17,23 @@ pub trait Runner {
     /// Sets up the sampler of a sequence, before its first step.
     fn admit(&mut self, seq: SeqId, params: SamplingParams, prompt: Arc<[u32]>);
 
-    /// Forgets a sequence; no step that is still to come names it.
+    /// Forgets a sequence; no step that is launched from now on names it.
     fn retire(&mut self, seq: SeqId);
 
-    /// Computes one step, blocking.
+    /// Steps that may be launched before the first of them is finished; at least 1.
+    fn steps_ahead(&self) -> usize;
+
+    /// Begins a step.
     ///
     /// # Errors
-    /// A rank panicked or stalled.
-    fn run(&mut self, step: &Step) -> Result<StepResult, Self::Error>;
+    /// The step cannot run, or an earlier one has failed.
+    fn launch(&mut self, step: &Step) -> Result<(), Self::Error>;
+
+    /// What came of the oldest launched step, blocking.
+    ///
+    /// # Errors
+    /// A rank failed or stalled.
+    fn finish(&mut self) -> Result<StepResult, Self::Error>;
 }
 
 impl Runner for Group {
@@ -38,7 +47,15 @@ impl Runner for Group {
         Group::retire(self, seq);
     }
 
-    fn run(&mut self, step: &Step) -> Result<StepResult, GroupError> {
-        Group::run(self, step)
+    fn steps_ahead(&self) -> usize {
+        Group::steps_ahead(self)
+    }
+
+    fn launch(&mut self, step: &Step) -> Result<(), GroupError> {
+        Group::launch(self, step)
+    }
+
+    fn finish(&mut self) -> Result<StepResult, GroupError> {
+        Group::finish(self)
     }
 }

@@ -1,13 +1,14 @@
-//! A tensor-parallel group: ranks as threads of this process, run in lockstep, one step at a time.
+//! A tensor-parallel group: ranks as threads of this process, given the same steps in the same order.
 //!
-//! Each rank loads its own slices and keeps its own part of the keys and values; steps reach all ranks alike. The group
-//! lives and dies as one: after a panic, a stall, or ranks that disagree, it names rank and step and never runs again.
+//! Each rank loads its own slices and keeps its own part of the keys and values. A step may be launched while the one
+//! before it is computed: ids that the host has not seen come from the device. The group lives and dies as one: after
+//! a panic, a stall, or ranks that disagree, it names rank and step and never runs again.
 
 mod error;
 mod rank;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -22,12 +23,16 @@ use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 
 use crate::{
     checkpoint::LlamaConfig,
-    device::{HeadOut, HeadUse, StepMeta, StepShape, cpu::Exchange, cuda::GroupId},
+    device::{
+        AHEAD_MAX, DeviceError, HeadOut, HeadUse, Landed, StepMeta, StepShape, cpu::Exchange, cuda::GroupId,
+    },
     model::{Shard, Slice, Weights},
     sampling::{Sampler, SamplingParams, TokenScore},
 };
 use rank::{Answer, Done, Job, Member};
 
+/// The number of the step in which ranks load and warm up.
+const FIRST_STEP: u64 = 0;
 /// Rows of the warm-up step.
 const WARM_UP_ROWS: usize = 8;
 
@@ -62,6 +67,9 @@ pub struct GroupSpec {
     pub max_model_len: usize,
     /// A step that takes longer has stalled.
     pub step_timeout: Duration,
+    /// Steps that may be launched before the first of them is finished, 1 or 2. With 2 a device that runs by itself
+    /// never waits for the host between steps, and what arrives in a step waits for one more.
+    pub steps_ahead: usize,
     /// Test instrument, on no command line: a rank that misbehaves.
     pub fault: Option<Fault>,
 }
@@ -164,7 +172,17 @@ pub struct Group {
     answers: Receiver<Answer>,
     memory: MemoryReport,
     samplers: HashMap<SeqId, Arc<Mutex<Sampler>>>,
+    steps_ahead: usize,
+    /// Launched and not finished, oldest first.
+    flights: VecDeque<Flight>,
     broken: Option<GroupError>,
+}
+
+/// A step that the ranks have.
+struct Flight {
+    meta: Arc<StepMeta>,
+    /// By rank.
+    landed: Vec<Option<Landed>>,
 }
 
 struct Thread {
@@ -215,6 +233,8 @@ impl Group {
             answers,
             memory: MemoryReport::default(),
             samplers: HashMap::new(),
+            steps_ahead: spec.steps_ahead,
+            flights: VecDeque::new(),
             broken: None,
         };
         for rank in 0..spec.tensor_parallel {
@@ -254,23 +274,67 @@ impl Group {
         self.samplers.remove(&seq);
     }
 
-    /// Runs a step on all ranks and waits for it.
+    /// Steps that may be launched before the first of them is finished.
+    pub fn steps_ahead(&self) -> usize {
+        self.steps_ahead
+    }
+
+    /// Gives a step to all ranks.
     ///
     /// # Errors
     /// [`GroupError::Step`] leaves the group as it was: nothing has run. After any other error it is unusable, and
     /// repeats that error.
-    pub fn run(&mut self, step: &Step) -> Result<StepResult, GroupError> {
+    ///
+    /// # Panics
+    /// If [`Group::steps_ahead`] steps are launched and not finished.
+    pub fn launch(&mut self, step: &Step) -> Result<(), GroupError> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
+        assert!(
+            self.flights.len() < self.steps_ahead,
+            "a step is finished before so many more are launched"
+        );
         let meta = StepMeta::build(step, &self.shape, |seq| self.samplers.get(&seq).cloned())
             .map_err(GroupError::Step)?;
         let meta = Arc::new(meta);
-        let outs = self.run_on_ranks(meta.clone()).inspect_err(|error| {
+        for member in &self.members {
+            // A rank whose thread is gone has said why; its answer is read when a step is finished.
+            let _ = member.jobs.send(Job(Arc::clone(&meta)));
+        }
+        self.flights.push_back(Flight {
+            meta,
+            landed: vec![None; self.members.len()],
+        });
+        Ok(())
+    }
+
+    /// Waits for the oldest launched step.
+    ///
+    /// # Errors
+    /// A rank failed or stalled, or ranks disagree; the group is unusable then, and repeats the error.
+    ///
+    /// # Panics
+    /// If no step is launched.
+    pub fn finish(&mut self) -> Result<StepResult, GroupError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        let outs = self.land_oldest().inspect_err(|error| {
             self.exchange.close();
             self.broken = Some(error.clone());
         })?;
-        Ok(collect(&meta, outs))
+        let flight = self.flights.pop_front().expect("it has landed just now");
+        Ok(collect(&flight.meta, outs))
+    }
+
+    /// Launches a step and waits for it; no other may be launched.
+    ///
+    /// # Errors
+    /// As for [`Group::launch`] and [`Group::finish`].
+    pub fn run(&mut self, step: &Step) -> Result<StepResult, GroupError> {
+        self.launch(step)?;
+        self.finish()
     }
 
     /// Bytes that the ranks have allocated.
@@ -278,51 +342,77 @@ impl Group {
         &self.memory
     }
 
-    fn run_on_ranks(&self, meta: Arc<StepMeta>) -> Result<Vec<HeadOut>, GroupError> {
-        let step = meta.id.0;
-        for member in &self.members {
-            // A rank whose thread is gone has said why; its answer is read below.
-            let _ = member.jobs.send(Job(meta.clone()));
-        }
+    /// Reads the ranks' answers until the oldest step has landed on all of them.
+    fn land_oldest(&mut self) -> Result<Vec<HeadOut>, GroupError> {
         let deadline = Instant::now() + self.timeout;
-        let (mut outs, mut failed) = (Vec::new(), None);
-        for _ in &self.members {
-            match self
-                .answers
-                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+        let mut failed: Vec<Option<(u64, Cause)>> = vec![None; self.members.len()];
+        let oldest = |flights: &VecDeque<Flight>| flights.front().expect("a step is launched").meta.id.0;
+        loop {
+            let landed = &self.flights.front().expect("a step is launched").landed;
+            if landed
+                .iter()
+                .zip(&failed)
+                .all(|(landed, failed)| landed.is_some() || failed.is_some())
             {
-                Ok(Answer {
-                    result: Ok(Done::Step(out)),
-                    ..
-                }) => outs.extend(out),
-                Ok(Answer {
-                    result: Ok(Done::Loaded(_)),
-                    ..
-                }) => {}
-                Ok(Answer {
-                    rank,
-                    result: Err(cause),
-                }) => {
-                    // A rank's own failure counts; the others only saw the exchange close.
-                    if matches!(failed, None | Some((_, Cause::Interrupted))) {
-                        failed = Some((rank, cause));
-                    }
-                }
-                Err(_) if failed.is_none() => {
-                    let rank = self.exchange.last();
+                break;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.answers.recv_timeout(left) {
+                Ok(Answer { rank, step, result }) => match result {
+                    Ok(Done::Step(landed)) => self.land(rank, landed),
+                    Ok(Done::Loaded(_)) => unreachable!("loading was awaited before the first step"),
+                    Err(cause) => failed[rank] = Some((step, cause)),
+                },
+                Err(_) if failed.iter().all(Option::is_none) => {
                     return Err(GroupError::Stalled {
-                        rank,
-                        step,
+                        rank: self.last(),
+                        step: oldest(&self.flights),
                         seconds: self.timeout.as_secs_f64(),
                     });
                 }
                 Err(_) => break,
             }
         }
-        match failed {
-            Some((rank, cause)) => Err(GroupError::Failed { rank, step, cause }),
-            None => Ok(outs),
+        // A rank's own failure counts; the others only saw the exchange close.
+        let own = |(_, (_, cause)): &(usize, (u64, Cause))| *cause == Cause::Interrupted;
+        let failed = failed.into_iter().enumerate();
+        if let Some((rank, (step, cause))) = failed.filter_map(|(rank, f)| Some((rank, f?))).min_by_key(own) {
+            return Err(GroupError::Failed { rank, step, cause });
         }
+        self.agreed()
+    }
+
+    /// Puts a rank's answer to the oldest step that it has not answered.
+    fn land(&mut self, rank: usize, landed: Landed) {
+        let open = self
+            .flights
+            .iter_mut()
+            .find(|flight| flight.landed[rank].is_none());
+        open.expect("a rank answers what it was given").landed[rank] = Some(landed);
+    }
+
+    /// The rank that the others wait for: of those that have not answered, the one that came to the fewest meetings.
+    fn last(&self) -> usize {
+        let landed = &self.flights.front().expect("a step is launched").landed;
+        let silent = (0..landed.len()).filter(|&rank| landed[rank].is_none());
+        silent
+            .min_by_key(|&rank| self.exchange.meetings(rank))
+            .unwrap_or_default()
+    }
+
+    /// The answers of all ranks to the oldest step, which agree on the residual stream.
+    fn agreed(&mut self) -> Result<Vec<HeadOut>, GroupError> {
+        let flight = self.flights.front_mut().expect("a step is launched");
+        let landed: Vec<Landed> = flight.landed.iter_mut().filter_map(Option::take).collect();
+        let first = landed.first().map(|landed| landed.fingerprint);
+        if let Some(rank) = landed.iter().position(|landed| Some(landed.fingerprint) != first) {
+            return Err(GroupError::Failed {
+                rank,
+                step: flight.meta.id.0,
+                cause: Cause::Device(DeviceError::Diverged(0)),
+            });
+        }
+        Ok(landed.into_iter().flat_map(|landed| landed.outs).collect())
     }
 
     /// Loading has no time limit: it depends on disks, and its progress is visible.
@@ -333,6 +423,7 @@ impl Group {
                 Ok(Answer {
                     rank,
                     result: Ok(Done::Loaded(memory)),
+                    ..
                 }) => {
                     self.memory.ranks[rank] = memory;
                     self.memory.total.weights_bytes += memory.weights_bytes;
@@ -342,6 +433,7 @@ impl Group {
                 Ok(Answer {
                     rank,
                     result: Err(cause),
+                    ..
                 }) => {
                     let error = GroupError::Load { rank, cause };
                     self.broken = Some(error.clone());
@@ -377,7 +469,7 @@ impl Group {
             prompt_logprobs: false,
         };
         let result = self.run(&Step {
-            id: StepId(0),
+            id: StepId(FIRST_STEP),
             works: vec![work],
         });
         self.retire(seq);
@@ -426,11 +518,18 @@ fn check(spec: &GroupSpec, config: &LlamaConfig) -> Result<(), GroupError> {
         ("max_running", spec.max_running),
         ("max_step_tokens", spec.max_step_tokens),
         ("max_model_len", spec.max_model_len),
+        ("steps_ahead", spec.steps_ahead),
     ];
     for (name, count) in counts {
         if count == 0 {
             return Err(GroupError::Spec(format!("{name} is 0; it must be at least 1")));
         }
+    }
+    if spec.steps_ahead > AHEAD_MAX {
+        return Err(GroupError::Spec(format!(
+            "steps_ahead is {}; it must be at most {AHEAD_MAX}",
+            spec.steps_ahead
+        )));
     }
     if spec.n_blocks.saturating_mul(spec.block_tokens) > u32::MAX as usize {
         return Err(GroupError::Spec(format!(

@@ -4,17 +4,20 @@
 
 use std::{
     any::Any,
+    collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        mpsc::{self, Receiver, Sender},
+        mpsc::{self, Receiver, Sender, TryRecvError},
     },
 };
 
-use super::{Cause, Fault, FaultKind, GroupError, GroupSpec, LoadProgress, Machine, RankMemory, Thread};
+use super::{
+    Cause, FIRST_STEP, Fault, FaultKind, GroupError, GroupSpec, LoadProgress, Machine, RankMemory, Thread,
+};
 use crate::{
     device::{
-        Device, DeviceError, HeadOut, StepMeta, VocabSplit,
+        Device, DeviceError, Landed, StepMeta, VocabSplit,
         cpu::{CpuDevice, CpuSpec, Exchange},
         cuda::{CudaDevice, CudaSpec, GroupId},
     },
@@ -27,12 +30,14 @@ pub(super) struct Job(pub(super) Arc<StepMeta>);
 /// What a rank tells the group, about loading first and then about each step.
 pub(super) struct Answer {
     pub(super) rank: usize,
+    /// The step that landed, or that failed.
+    pub(super) step: u64,
     pub(super) result: Result<Done, Cause>,
 }
 
 pub(super) enum Done {
     Loaded(RankMemory),
-    Step(Vec<HeadOut>),
+    Step(Landed),
 }
 
 /// A rank before its thread has started.
@@ -77,20 +82,50 @@ impl Member {
         let loaded = guard(|| self.load(make(&self)?));
         let (mut device, mut llama) = match loaded {
             Ok((device, llama, memory)) => {
-                self.answer(Ok(Done::Loaded(memory)));
+                self.answer(FIRST_STEP, Ok(Done::Loaded(memory)));
                 (device, llama)
             }
-            Err(cause) => return self.answer(Err(cause)),
+            Err(cause) => return self.answer(FIRST_STEP, Err(cause)),
         };
-        while let Ok(Job(meta)) = inbox.recv() {
-            let result = guard(|| {
-                self.misbehave(meta.id.0, &mut device)?;
-                llama.forward(&mut device, meta)
-            });
-            let failed = result.is_err();
-            self.answer(result.map(Done::Step));
-            if failed {
-                return;
+        if let Err((step, cause)) = self.run(inbox, &mut device, &mut llama) {
+            self.answer(step, Err(cause));
+        }
+    }
+
+    /// Gives the device every step as soon as it comes, and answers each as soon as it has landed, until the group is
+    /// dropped or something fails.
+    fn run<D: Device>(
+        &self,
+        inbox: &Receiver<Job>,
+        device: &mut D,
+        llama: &mut Llama<D>,
+    ) -> Result<(), (u64, Cause)> {
+        let mut flights = VecDeque::new();
+        loop {
+            let job = match flights.is_empty() {
+                true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
+                false => inbox.try_recv(),
+            };
+            match job {
+                Ok(Job(meta)) => {
+                    let step = meta.id.0;
+                    flights.push_back(step);
+                    let launched = guard(|| {
+                        self.misbehave(step, device)?;
+                        llama.forward(device, meta)
+                    });
+                    launched.map_err(|cause| (step, cause))?;
+                }
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return Ok(()),
+            }
+            let Some(&oldest) = flights.front() else { continue };
+            match guard(|| device.land()).map_err(|cause| (oldest, cause))? {
+                Some(landed) => {
+                    flights.pop_front();
+                    self.answer(oldest, Ok(Done::Step(landed)));
+                }
+                None => std::hint::spin_loop(), // It takes milliseconds, and every microsecond counts.
             }
         }
     }
@@ -139,13 +174,14 @@ impl Member {
         Ok((device, llama, memory))
     }
 
-    fn answer(&self, result: Result<Done, Cause>) {
+    fn answer(&self, step: u64, result: Result<Done, Cause>) {
         if result.is_err() {
             self.exchange.close();
         }
         // Nobody listens any more only when the group is gone.
         let _ = self.answers.send(Answer {
             rank: self.shard.rank,
+            step,
             result,
         });
     }

@@ -16,7 +16,7 @@ use super::{
     rotary::inverse_frequencies,
     shard::{LayerSlices, Slices},
 };
-use crate::device::{Device, DeviceError, HeadOut, Heads, KvShape, Norm, StepMeta, VocabSplit};
+use crate::device::{Device, DeviceError, Heads, KvShape, Norm, StepMeta, VocabSplit};
 
 /// Numbers of a tensor that are brought over at a time while loading: 16 MiB of fp32 beside the loaded weights.
 const LOAD_CHUNK: usize = 4 << 20;
@@ -143,11 +143,11 @@ impl<D: Device> Llama<D> {
         device.prepare_head(self.head.as_ref().unwrap_or(&self.embedding))
     }
 
-    /// Runs one step; returns what this rank sampled and scored.
+    /// Gives the device one step; what this rank samples and scores in it, [`Device::land`] brings.
     ///
     /// # Errors
-    /// If another rank failed, ranks disagree, or logits are not finite.
-    pub fn forward(&mut self, device: &mut D, meta: Arc<StepMeta>) -> Result<Vec<HeadOut>, DeviceError> {
+    /// If another rank failed, or logits are not finite.
+    pub fn forward(&mut self, device: &mut D, meta: Arc<StepMeta>) -> Result<(), DeviceError> {
         let Self {
             heads,
             split,
@@ -188,7 +188,7 @@ impl<D: Device> Llama<D> {
             device.reduce_add_norm(&step, &work.partial, next, &mut work.residual, &mut work.normed)?;
         }
         let head = head.as_ref().unwrap_or(embedding);
-        device.head_sample(&step, &work.residual, &work.normed, head, split)
+        device.head_sample(step, &work.residual, &work.normed, head, split)
     }
 }
 

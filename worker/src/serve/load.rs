@@ -14,7 +14,7 @@ use crate::{
     checkpoint::{Checkpoint, GenerationConfig, LlamaConfig, TextFiles, eos_union, tokenizer_eos},
     config::{CacheShape, Config, Fit},
     device::{
-        VocabSplit,
+        AHEAD_MAX, VocabSplit,
         cpu::HEAD_ROWS,
         cuda::{self, CudaSpec},
     },
@@ -56,6 +56,11 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         max_step_tokens: to_usize(config.max_step_tokens),
         max_model_len: to_usize(fit.max_model_len),
         step_timeout: config.step_timeout,
+        // Processors compute on the thread that would launch, so they gain nothing.
+        steps_ahead: match machine {
+            Machine::Cpu => 1,
+            Machine::Cuda => AHEAD_MAX,
+        },
         fault: None,
     };
     let planned = match machine {

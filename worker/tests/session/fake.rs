@@ -1,13 +1,14 @@
 //! A runner without a model: every sequence says its own prompt again and again, so that each token of each stream can
-//! be checked. It can be held, slowed and broken, and it checks what it is asked to run.
+//! be checked. It can be held, slowed and broken, and it checks what it is asked to run. Launched steps wait until they
+//! are finished, and what a slot last sampled is kept as a device keeps it, so a step may run ahead of the host.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{Arc, Condvar, Mutex, MutexGuard},
     time::Duration,
 };
 
-use swallow_schedule::{Input, SeqId, Step, Work};
+use swallow_schedule::{Input, SeqId, Slot, Step, Work};
 use swallow_worker::{
     engine::Runner,
     group::{PromptScores, Sampled, StepResult},
@@ -31,6 +32,7 @@ struct Inner {
     pace: Duration,
     steps: u64,
     sequences: usize,
+    most_launched: usize,
 }
 
 /// The test's hand on the runner.
@@ -82,6 +84,11 @@ impl Controls {
         assert!(!late.timed_out(), "{:?}", *guard);
     }
 
+    /// Steps that were launched and not finished at the same time, at most.
+    pub fn most_launched(&self) -> usize {
+        self.inner().most_launched
+    }
+
     /// Returns once the runner keeps state for no sequence.
     pub async fn empty(&self) {
         let controls = self.clone();
@@ -129,26 +136,31 @@ impl Sequence {
 /// See the module's text.
 pub struct Fake {
     controls: Controls,
-    sequences: HashMap<SeqId, Sequence>,
+    steps_ahead: usize,
+    sequences: HashMap<SeqId, Arc<Sequence>>,
+    /// Launched steps, and the sequences of their works, which may be retired before the step is finished.
+    flights: VecDeque<(Step, Vec<Arc<Sequence>>)>,
+    last_sampled: HashMap<Slot, u32>,
 }
 
 impl Fake {
-    pub fn new(controls: Controls) -> Self {
+    pub fn new(controls: Controls, steps_ahead: usize) -> Self {
         Self {
             controls,
+            steps_ahead,
             sequences: HashMap::new(),
+            flights: VecDeque::new(),
+            last_sampled: HashMap::new(),
         }
     }
 
-    fn check(&self, work: &Work) {
-        let sequence = self
-            .sequences
-            .get(&work.seq)
-            .expect("admitted, and not retired yet");
-        if let Input::Tokens(ids) = &work.input {
-            for (position, id) in (work.start as usize..).zip(ids) {
-                assert_eq!(*id, sequence.token_at(position), "{:?} at {position}", work.seq);
-            }
+    fn check(&self, work: &Work, sequence: &Sequence) {
+        let ids = match &work.input {
+            Input::Tokens(ids) => ids.clone(),
+            Input::LastSampled => vec![self.last_sampled[&work.slot]],
+        };
+        for (position, id) in (work.start as usize..).zip(ids) {
+            assert_eq!(id, sequence.token_at(position), "{:?} at {position}", work.seq);
         }
     }
 }
@@ -167,7 +179,7 @@ impl Runner for Fake {
     type Error = Broken;
 
     fn admit(&mut self, seq: SeqId, params: SamplingParams, prompt: Arc<[u32]>) {
-        let old = self.sequences.insert(seq, Sequence { params, prompt });
+        let old = self.sequences.insert(seq, Arc::new(Sequence { params, prompt }));
         assert!(old.is_none(), "{seq:?} was admitted twice");
         let now = self.sequences.len();
         self.controls.change(|inner| inner.sequences = now);
@@ -179,7 +191,26 @@ impl Runner for Fake {
         self.controls.change(|inner| inner.sequences = now);
     }
 
-    fn run(&mut self, step: &Step) -> Result<StepResult, Broken> {
+    fn steps_ahead(&self) -> usize {
+        self.steps_ahead
+    }
+
+    fn launch(&mut self, step: &Step) -> Result<(), Broken> {
+        assert!(self.flights.len() < self.steps_ahead);
+        let sequence = |work: &Work| {
+            let sequence = self.sequences.get(&work.seq);
+            Arc::clone(sequence.expect("admitted, and not retired yet"))
+        };
+        let sequences = step.works.iter().map(sequence).collect();
+        self.flights.push_back((step.clone(), sequences));
+        let launched = self.flights.len();
+        self.controls
+            .change(|inner| inner.most_launched = inner.most_launched.max(launched));
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepResult, Broken> {
+        let (step, sequences) = self.flights.pop_front().expect("a step is launched");
         self.controls.change(|inner| inner.steps += 1);
         let (lock, changed) = &*self.controls.0;
         let mut guard = lock.lock().expect("no holder panics");
@@ -201,9 +232,8 @@ impl Runner for Fake {
             sampled: Vec::new(),
             prompt_scores: Vec::new(),
         };
-        for work in &step.works {
-            self.check(work);
-            let sequence = &self.sequences[&work.seq];
+        for (work, sequence) in step.works.iter().zip(&sequences) {
+            self.check(work, sequence);
             let prompt = &sequence.prompt;
             let n_prompt = u32::try_from(prompt.len()).expect("short");
             if let (true, Some(n_top)) = (work.prompt_logprobs, sequence.params.prompt_logprobs) {
@@ -220,6 +250,7 @@ impl Runner for Fake {
             }
             if let Some(index) = work.sample {
                 let token = echo(prompt, index as usize);
+                self.last_sampled.insert(work.slot, token);
                 let score = sequence
                     .params
                     .logprobs

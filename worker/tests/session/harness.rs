@@ -52,6 +52,8 @@ pub struct Setup {
     pub max_running: u32,
     pub max_waiting: u32,
     pub n_blocks: u32,
+    /// Of the runner.
+    pub steps_ahead: usize,
     pub drain_timeout: Duration,
     pub outbox_bytes: usize,
     /// Hold the loading until this is notified.
@@ -64,6 +66,7 @@ impl Default for Setup {
             max_running: 4,
             max_waiting: 4,
             n_blocks: 256,
+            steps_ahead: 1,
             drain_timeout: PATIENCE,
             outbox_bytes: 1 << 20,
             load_gate: None,
@@ -123,7 +126,7 @@ fn fake_model(
     controls: Controls,
 ) -> impl FnOnce(&State) -> Result<Loaded<Fake>, ServeError> + Send + 'static {
     let (limits, facts, door) = model(setup);
-    let gate = setup.load_gate.clone();
+    let (gate, steps_ahead) = (setup.load_gate.clone(), setup.steps_ahead);
     let runtime = tokio::runtime::Handle::current();
     move |_| {
         if let Some(gate) = &gate {
@@ -135,7 +138,7 @@ fn fake_model(
             workspace_bytes: 3,
         };
         Ok(Loaded {
-            runner: Fake::new(controls),
+            runner: Fake::new(controls, steps_ahead),
             limits,
             facts,
             door,

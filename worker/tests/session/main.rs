@@ -1,6 +1,7 @@
 //! The session protocol, spoken by a real gRPC client to a real server whose runner is replaced by one that can be
 //! held, slowed and broken.
 
+mod ahead;
 mod ends;
 mod fake;
 mod grammars;

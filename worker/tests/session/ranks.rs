@@ -32,6 +32,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         max_step_tokens: to_usize(sizes.max_step_tokens),
         max_model_len: to_usize(sizes.max_model_len),
         step_timeout,
+        steps_ahead: 1,
         fault: Some(Fault {
             rank: 1,
             step: 3,

@@ -33,8 +33,6 @@ struct Area {
     logits: UnsafeCell<Option<Rows>>,
     /// The sampled id of each ask that this rank answered.
     sampled: UnsafeCell<Vec<u32>>,
-    /// Of the residual stream.
-    hash: AtomicU64,
     /// Meetings that this rank has come to.
     meetings: AtomicU64,
     bytes: AtomicU64,
@@ -51,7 +49,6 @@ impl Exchange {
             partial: [UnsafeCell::new(None), UnsafeCell::new(None)],
             logits: UnsafeCell::new(None),
             sampled: UnsafeCell::new(Vec::new()),
-            hash: AtomicU64::new(0),
             meetings: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         };
@@ -88,12 +85,9 @@ impl Exchange {
         self.barrier.wait_closed();
     }
 
-    /// The rank that has come to the fewest meetings: the one that the others wait for.
-    pub fn last(&self) -> usize {
-        let meetings = |area: &Area| area.meetings.load(Ordering::Relaxed);
-        (0..self.n_ranks())
-            .min_by_key(|&rank| meetings(&self.ranks[rank]))
-            .unwrap_or(0)
+    /// Meetings that a rank has come to.
+    pub fn meetings(&self, rank: usize) -> u64 {
+        self.ranks[rank].meetings.load(Ordering::Relaxed)
     }
 
     /// Makes a rank's area, on its own thread.
@@ -218,21 +212,5 @@ impl Exchange {
     pub(in crate::device) unsafe fn sampled(&self, rank: usize) -> &[u32] {
         // SAFETY: the caller's promise.
         unsafe { &*self.ranks[rank].sampled.get() }
-    }
-
-    /// Publishes the hash of a rank's residual stream, to be compared after the next meeting.
-    pub(in crate::device) fn set_hash(&self, rank: usize, hash: u64) {
-        self.ranks[rank].hash.store(hash, Ordering::Relaxed);
-    }
-
-    /// # Errors
-    /// If a rank published another hash than rank 0.
-    pub(in crate::device) fn compare(&self, rank: usize) -> Result<(), DeviceError> {
-        let hash = |rank: usize| self.ranks[rank].hash.load(Ordering::Relaxed);
-        if hash(rank) == hash(0) {
-            Ok(())
-        } else {
-            Err(DeviceError::Diverged(0))
-        }
     }
 }

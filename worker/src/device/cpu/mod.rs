@@ -16,6 +16,7 @@ mod tests;
 
 use std::{
     cell::RefCell,
+    collections::VecDeque,
     sync::{Arc, PoisonError},
 };
 
@@ -27,7 +28,7 @@ pub use simd::{Isa, Kernel, LANES, Lanes};
 pub use team::Team;
 
 use super::{
-    Allocated, Device, DeviceError, HeadAsk, HeadOut, HeadUse, Heads, KvShape, Norm, Part, RowToken,
+    Allocated, Device, DeviceError, HeadAsk, HeadOut, HeadUse, Heads, KvShape, Landed, Norm, Part, RowToken,
     StepMeta, VocabSplit, WorkMeta,
 };
 use attention::{AttentionTile, Scratch, TILE};
@@ -69,6 +70,8 @@ pub struct CpuDevice {
     packed: Buffer,
     /// What was sampled last, by slot.
     last_sampled: Vec<u32>,
+    /// Steps are computed at once, and wait here to be fetched.
+    landed: VecDeque<Landed>,
     allocated: Allocated,
     disturbed: bool,
 }
@@ -111,6 +114,7 @@ impl CpuDevice {
             max_rows: spec.max_rows,
             packed: Buffer::new(0, "activations")?,
             last_sampled: vec![0; spec.max_running],
+            landed: VecDeque::new(),
             allocated: Allocated::default(),
             disturbed: false,
         })
@@ -478,21 +482,15 @@ impl Device for CpuDevice {
 
     fn head_sample(
         &mut self,
-        step: &CpuStep,
+        step: CpuStep,
         _residual: &Rows,
         normed: &Rows,
         head: &Matrix,
         split: &VocabSplit,
-    ) -> Result<Vec<HeadOut>, DeviceError> {
+    ) -> Result<(), DeviceError> {
         assert_eq!(head.outs, split.range(self.rank).len());
         let (asks, n_ranks) = (&step.meta.asks, self.exchange.n_ranks());
-        self.exchange
-            .set_hash(self.rank, self.hash(normed, step.n_rows()));
-        if asks.is_empty() {
-            self.exchange.meet(self.rank)?;
-            self.exchange.compare(self.rank)?;
-            return Ok(Vec::new());
-        }
+        let fingerprint = self.hash(normed, step.n_rows());
         let mut outs = Vec::new();
         for (n, batch) in asks.chunks(HEAD_ROWS).enumerate() {
             let rows: Vec<usize> = batch.iter().map(|ask| ask.row).collect();
@@ -507,7 +505,6 @@ impl Device for CpuDevice {
                 logits,
             );
             self.exchange.meet(self.rank)?;
-            self.exchange.compare(self.rank)?;
             outs.extend(self.answer(batch, n * HEAD_ROWS, split)?);
             if (n + 1) * HEAD_ROWS >= asks.len() {
                 // SAFETY: this rank's own area, whose readers finished before the last meeting.
@@ -524,6 +521,11 @@ impl Device for CpuDevice {
                 self.last_sampled[slot as usize] = unsafe { self.exchange.sampled(i % n_ranks) }[i];
             }
         }
-        Ok(outs)
+        self.landed.push_back(Landed { outs, fingerprint });
+        Ok(())
+    }
+
+    fn land(&mut self) -> Result<Option<Landed>, DeviceError> {
+        Ok(self.landed.pop_front())
     }
 }

@@ -1,8 +1,9 @@
 //! From the last norm to tokens.
 //!
-//! The likeliest token of every asked row is found on the GPU and costs the host eight bytes a row and rank. Rows whose
-//! sampler wants more than that (a temperature, penalties, log-probabilities) come out as logits, 64 at a time, and go
-//! through the sampler itself, on as many threads as the machine has.
+//! The likeliest token of every asked row is found on the GPU, kept there for the next step, and costs the host eight
+//! bytes, which it reads when the step has landed. Rows whose sampler wants more than that (a temperature, penalties,
+//! log-probabilities) come out as logits, 64 at a time, and go through the sampler itself, on as many threads as the
+//! machine has; their tokens go back to the GPU before the next step begins.
 
 use std::sync::{Arc, PoisonError};
 
@@ -11,11 +12,11 @@ use rayon::prelude::*;
 use super::{
     BF16, CudaDevice, CudaSpec, CudaStep, F32, Matrix, Rows,
     blas::{Operands, Out, Shape, size},
-    driver::{Gpu, Memory, Pinned},
+    driver::{Arg, Event, Gpu, Memory, Pinned},
 };
 use crate::{
     device::{
-        DeviceError, HeadAsk, HeadOut, HeadUse, VocabSplit,
+        AHEAD_MAX, DeviceError, HeadAsk, HeadOut, HeadUse, Landed, StepMeta, VocabSplit,
         cpu::{HEAD_ROWS, respond},
     },
     sampling::Sampler,
@@ -36,12 +37,33 @@ pub(super) struct Head {
     picked: Memory,
     logits: Memory,
     parts: Memory,
+    /// Of this rank.
     best: Memory,
-    /// Of all ranks, in their order.
+    /// Of each rank, in their order.
     gathered: Memory,
+    /// The token that each slot sampled last.
+    last: Memory,
     hash: Memory,
-    on_host: Pinned<u64>,
-    hash_on_host: Pinned<u64>,
+    sides: [Side; AHEAD_MAX],
+}
+
+/// What a step brings to the host; steps take turns.
+struct Side {
+    /// The best of each ask.
+    best: Pinned<u64>,
+    hash: Pinned<u64>,
+    /// All of it is there.
+    done: Event,
+}
+
+/// A step whose answers are on their way to the host.
+pub(super) struct Flight {
+    meta: Arc<StepMeta>,
+    side: usize,
+    /// Asks that samplers have answered, in ascending order.
+    hard: Vec<usize>,
+    /// This rank's answers to them.
+    answered: Vec<HeadOut>,
 }
 
 fn batch(spec: &CudaSpec) -> usize {
@@ -51,7 +73,7 @@ fn batch(spec: &CudaSpec) -> usize {
 pub(super) fn planned_bytes(spec: &CudaSpec) -> usize {
     let shard = spec.split.range(spec.shard.rank).len();
     let row = spec.hidden * BF16 + shard * F32 + (PARTS + 1 + spec.shard.of) * BEST;
-    batch(spec) * row + BEST
+    batch(spec) * row + spec.max_running * size_of::<u32>() + BEST
 }
 
 impl Head {
@@ -59,6 +81,14 @@ impl Head {
         let (batch, n_ranks) = (batch(spec), spec.shard.of);
         let shard = spec.split.range(spec.shard.rank).len();
         let make = |a_row: usize| gpu.alloc(batch * a_row, "logits");
+        // No two asks share a row.
+        let side = || -> Result<Side, DeviceError> {
+            Ok(Side {
+                best: gpu.pinned(spec.max_rows)?,
+                hash: gpu.pinned(1)?,
+                done: gpu.event(false)?,
+            })
+        };
         Ok(Self {
             batch,
             picked: make(spec.hidden * BF16)?,
@@ -66,15 +96,20 @@ impl Head {
             parts: make(PARTS * BEST)?,
             best: make(BEST)?,
             gathered: make(n_ranks * BEST)?,
+            last: gpu.zeroed(spec.max_running * size_of::<u32>(), "sampled tokens")?,
             hash: gpu.alloc(BEST, "logits")?,
-            on_host: gpu.pinned(batch * n_ranks)?,
-            hash_on_host: gpu.pinned(1)?,
+            sides: [side()?, side()?],
         })
     }
 
     /// Rows of logits that are computed at a time.
     pub(super) fn batch(&self) -> usize {
         self.batch
+    }
+
+    /// Where the last sampled token of each slot is.
+    pub(super) fn last(&self) -> &Memory {
+        &self.last
     }
 
     /// Of the product that gives logits.
@@ -93,6 +128,7 @@ impl Head {
             &self.parts,
             &self.best,
             &self.gathered,
+            &self.last,
             &self.hash,
         ];
         buffers.iter().map(|memory| memory.bytes).sum()
@@ -123,48 +159,68 @@ fn is_plain(ask: &HeadAsk) -> bool {
 }
 
 impl CudaDevice {
+    /// Queues the end of a step.
     pub(super) fn sample(
         &mut self,
-        step: &CudaStep,
+        step: CudaStep,
         residual: &Rows,
         normed: &Rows,
         head: &Matrix,
         split: &VocabSplit,
-    ) -> Result<Vec<HeadOut>, DeviceError> {
-        let (asks, rank, n_ranks) = (&step.meta.asks, self.spec.shard.rank, self.spec.shard.of);
-        assert_eq!(head.outs, split.range(rank).len());
-        self.fingerprint(step, residual)?;
-        let mut outs = Vec::new();
-        let (mut agreed, mut hard_asks) = (false, false);
-        for (n, batch) in asks.chunks(self.head.batch).enumerate() {
+    ) -> Result<(), DeviceError> {
+        assert_eq!(head.outs, split.range(self.spec.shard.rank).len());
+        self.fingerprint(&step, residual)?;
+        let (meta, side) = (Arc::clone(&step.meta), step.side);
+        let (mut hard, mut answered) = (Vec::new(), Vec::new());
+        for (n, batch) in meta.asks.chunks(self.head.batch).enumerate() {
             let first = n * self.head.batch;
-            self.logits(step, first, batch.len(), normed, head)?;
-            self.settle()?;
-            if !agreed {
-                self.agree()?;
-                agreed = true;
+            self.logits(&step, first, batch.len(), normed, head)?;
+            let some: Vec<usize> = (0..batch.len()).filter(|&i| !is_plain(&batch[i])).collect();
+            if !some.is_empty() {
+                // Samplers learn what came before first.
+                self.land_all()?;
             }
-            let hard: Vec<usize> = (0..batch.len()).filter(|&i| !is_plain(&batch[i])).collect();
-            self.take_likeliest(batch, first, &hard, &mut outs)?;
-            hard_asks |= !hard.is_empty();
-            for some in hard.chunks(HEAD_ROWS) {
-                outs.extend(self.ask_samplers(batch, first, some, split, head.outs)?);
+            for some in some.chunks(HEAD_ROWS) {
+                answered.extend(self.ask_samplers(batch, first, some, split, head.outs)?);
             }
+            hard.extend(some.iter().map(|i| first + i));
         }
-        if !agreed {
-            self.settle()?;
-            self.agree()?;
+        if !hard.is_empty() {
+            self.keep_tokens(&meta.asks, &hard, &answered)?;
         }
-        if hard_asks && n_ranks > 1 {
-            self.tell_tokens(asks, &mut outs)?;
+        self.head.sides[side].done.record()?;
+        self.flights.push_back(Flight {
+            meta,
+            side,
+            hard,
+            answered,
+        });
+        Ok(())
+    }
+
+    /// The oldest queued step's answers, if they are there.
+    pub(super) fn land_if_done(&mut self) -> Result<Option<Landed>, DeviceError> {
+        let Some(flight) = self.flights.front() else {
+            return Ok(None);
+        };
+        if !self.head.sides[flight.side].done.reached()? {
+            return match self.exchange.is_closed() {
+                true => Err(DeviceError::Interrupted),
+                false => Ok(None),
+            };
         }
-        for out in &outs {
-            if let HeadUse::Sample { slot, .. } = asks[out.ask].what {
-                self.last_sampled[slot as usize] = out.token;
-            }
+        let flight = self.flights.pop_front().expect("seen just now");
+        self.read(flight).map(Some)
+    }
+
+    /// Waits for all queued steps.
+    fn land_all(&mut self) -> Result<(), DeviceError> {
+        while let Some(flight) = self.flights.pop_front() {
+            self.await_event(&self.head.sides[flight.side].done)?;
+            let landed = self.read(flight)?;
+            self.landed.push_back(landed);
         }
-        outs.retain(|out| out.ask % n_ranks == rank);
-        Ok(outs)
+        Ok(())
     }
 
     /// A hash over the bits of the residual stream, in a group of several.
@@ -187,22 +243,11 @@ impl CudaDevice {
                 &mut arguments,
             )?
         };
-        gpu.copy_out(&mut self.head.hash_on_host, hash.address)
+        gpu.copy_out(&mut self.head.sides[step.side].hash, hash.address)
     }
 
-    /// Meets the other ranks and compares the hashes.
-    fn agree(&self) -> Result<(), DeviceError> {
-        if self.comm.is_none() {
-            return Ok(());
-        }
-        let rank = self.spec.shard.rank;
-        self.exchange.set_hash(rank, self.head.hash_on_host[0]);
-        self.exchange.meet(rank)?;
-        self.exchange.compare(rank)
-    }
-
-    /// Logits of `n` asked rows from `first` on, and the likeliest token of each, of all ranks, on their way to the
-    /// host.
+    /// Logits of `n` asked rows from `first` on, and the likeliest token of each, of all ranks: kept for the rows'
+    /// slots, and on its way to the host.
     fn logits(
         &mut self,
         step: &CudaStep,
@@ -212,11 +257,12 @@ impl CudaDevice {
         head: &Matrix,
     ) -> Result<(), DeviceError> {
         let buffers = &mut self.head;
-        let (rows, width) = (step.on_gpu.asks + (first * size_of::<u32>()) as u64, head.ins);
+        let after = |asks: u64| asks + (first * size_of::<u32>()) as u64;
+        let width = head.ins;
         let mut arguments = [
             (&normed.memory).into(),
             (&buffers.picked).into(),
-            rows.into(),
+            after(step.on_gpu.asks).into(),
             (width as u32).into(),
         ];
         let n_blocks = n as u32;
@@ -240,60 +286,71 @@ impl CudaDevice {
             first_token.into(),
             (&buffers.parts).into(),
         ];
-        let mut merging = [
-            (&buffers.parts).into(),
-            (PARTS as u32).into(),
-            (&buffers.best).into(),
-        ];
-        // SAFETY: the parameters of `argmax_parts` and `argmax_merge`; a batch has room.
+        let (parts, merge) = (&self.kernels.argmax_parts, &self.kernels.argmax_merge);
+        let keep = [after(step.on_gpu.slots), buffers.last.address];
+        let merging = |parts: &Memory, layout: [u32; 3], best: &Memory, keep: [u64; 2]| {
+            let [n, stride, row_stride] = layout.map(Arg::from);
+            let [slots, last] = keep.map(Arg::from);
+            [parts.into(), n, stride, row_stride, best.into(), slots, last]
+        };
+        // SAFETY: the parameters of `argmax_parts` and `argmax_merge`; a batch has room, slots were checked.
         unsafe {
-            let (parts, merge) = (&self.kernels.argmax_parts, &self.kernels.argmax_merge);
             self.gpu
                 .launch(parts, [PARTS as u32, n_blocks, 1], [256, 1, 1], 0, &mut arguments)?;
+            let alone = self.comm.is_none();
+            let layout = [PARTS as u32, 1, PARTS as u32];
+            let mut own = merging(
+                &buffers.parts,
+                layout,
+                &buffers.best,
+                if alone { keep } else { [0; 2] },
+            );
             self.gpu
-                .launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut merging)?;
-        }
-        match &self.comm {
-            None => self.gpu.copy_out(&mut buffers.on_host[..n], buffers.best.address),
-            Some(comm) => {
+                .launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut own)?;
+            if let Some(comm) = &self.comm {
                 comm.gather(buffers.best.address, buffers.gathered.address, n * BEST)?;
-                let all = &mut buffers.on_host[..n * comm.n_ranks()];
-                self.gpu.copy_out(all, buffers.gathered.address)
+                let layout = [comm.n_ranks() as u32, n_blocks, 1];
+                let mut all = merging(&buffers.gathered, layout, &buffers.best, keep);
+                self.gpu
+                    .launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut all)?;
             }
         }
+        let to = &mut buffers.sides[step.side].best[first..first + n];
+        self.gpu.copy_out(to, buffers.best.address)
     }
 
-    /// Answers the plain asks of a batch: every rank all of them, since all know the tokens.
-    fn take_likeliest(
-        &self,
-        batch: &[HeadAsk],
-        first: usize,
-        hard: &[usize],
-        outs: &mut Vec<HeadOut>,
-    ) -> Result<(), DeviceError> {
+    /// Reads a step that is done. Every rank knows all likeliest tokens; each sequence's sampler is told by one of them,
+    /// always the same, so that it learns them in order.
+    fn read(&self, flight: Flight) -> Result<Landed, DeviceError> {
         let (rank, n_ranks) = (self.spec.shard.rank, self.spec.shard.of);
-        for (i, ask) in batch.iter().enumerate() {
-            let of_ranks = (0..n_ranks).map(|rank| self.head.on_host[rank * batch.len() + i]);
-            let best = of_ranks.max().unwrap_or(NOT_FINITE);
+        let side = &self.head.sides[flight.side];
+        let mut outs = flight.answered;
+        for (i, ask) in flight.meta.asks.iter().enumerate() {
+            let (HeadUse::Sample { index, .. }, Err(_)) = (ask.what, flight.hard.binary_search(&i)) else {
+                continue;
+            };
+            let best = side.best[i];
             if !is_finite(best) {
                 return Err(DeviceError::NotFinite {
                     seq: ask.seq.0,
                     position: ask.position,
                 });
             }
-            let (HeadUse::Sample { index, .. }, Err(_)) = (ask.what, hard.binary_search(&i)) else {
-                continue;
-            };
-            if (first + i) % n_ranks == rank {
+            if ask.seq.0 as usize % n_ranks == rank {
                 locked(ask).take(index, token(best));
             }
-            outs.push(HeadOut {
-                ask: first + i,
-                token: token(best),
-                score: None,
-            });
+            if i % n_ranks == rank {
+                outs.push(HeadOut {
+                    ask: i,
+                    token: token(best),
+                    score: None,
+                });
+            }
         }
-        Ok(())
+        Ok(Landed {
+            outs,
+            fingerprint: side.hash[0],
+        })
     }
 
     /// Answers those of some asks of a batch that are this rank's from their whole rows of logits.
@@ -335,24 +392,24 @@ impl CudaDevice {
         outs
     }
 
-    /// Gives the other ranks the tokens of the asks that went through samplers here, and takes theirs.
-    fn tell_tokens(&self, asks: &[HeadAsk], outs: &mut Vec<HeadOut>) -> Result<(), DeviceError> {
+    /// Gives the other ranks the tokens of the asks that went through samplers here, takes theirs, and keeps all on the
+    /// GPU for the next step.
+    fn keep_tokens(&self, asks: &[HeadAsk], hard: &[usize], answered: &[HeadOut]) -> Result<(), DeviceError> {
         let (exchange, rank, n_ranks) = (&self.exchange, self.spec.shard.rank, self.spec.shard.of);
         // SAFETY: this rank's own area: its readers of the last step have met this rank since.
         let told = unsafe { exchange.sampled_mut(rank) };
         told.clear();
         told.resize(asks.len(), 0);
-        outs.iter().for_each(|out| told[out.ask] = out.token);
+        answered.iter().for_each(|out| told[out.ask] = out.token);
         exchange.meet(rank)?;
-        outs.sort_unstable_by_key(|out| out.ask);
-        let known: Vec<usize> = outs.iter().map(|out| out.ask).collect();
-        for ask in (0..asks.len()).filter(|ask| known.binary_search(ask).is_err()) {
-            outs.push(HeadOut {
-                ask,
+        for &ask in hard {
+            if let HeadUse::Sample { slot, .. } = asks[ask].what {
                 // SAFETY: after the meeting nobody writes this area before the next.
-                token: unsafe { exchange.sampled(ask % n_ranks) }[ask],
-                score: None,
-            });
+                let token = unsafe { exchange.sampled(ask % n_ranks) }[ask];
+                let to = self.head.last.at(slot as usize * size_of::<u32>());
+                // The driver takes the number before the call returns: it is not in page-locked memory.
+                self.gpu.copy_in(to, &[token])?;
+            }
         }
         Ok(())
     }

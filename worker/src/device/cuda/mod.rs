@@ -1,9 +1,10 @@
 //! The CUDA device: one NVIDIA GPU a rank, weights, activations, keys and values in bf16, the residual stream in fp32.
 //!
 //! Matrix products are cuBLASLt's, sums over ranks NCCL's, everything else kernels of this repository. A step is a
-//! sequence of launches on one stream after one copy of metadata; the host waits once, for what was sampled. The
-//! likeliest token is found on the GPU; rows that want more of a sampler are sampled by the host from their logits, with
-//! the code of the CPU device, so both draw the same tokens from the same logits.
+//! sequence of launches on one stream after one copy of metadata, and nothing in it waits for the host: sampled ids stay
+//! on the GPU for the next step, and a copy of them is on its way. The likeliest token is found on the GPU; rows that
+//! want more of a sampler are sampled by the host from their logits, with the code of the CPU device, so both draw the
+//! same tokens from the same logits. A step with such a row waits for the host once.
 
 mod attention;
 mod blas;
@@ -18,19 +19,19 @@ mod ops;
 mod peaks;
 mod upload;
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use self::{
     attention::Attention,
     blas::Blas,
     driver::{Event, Gpu, Memory},
-    head::Head,
+    head::{Flight, Head},
     load::Staging,
     nccl::Comm,
     ops::Kernels,
     upload::Uploads,
 };
-use super::{Allocated, DeviceError, Heads, KvShape, StepMeta, VocabSplit, cpu::Exchange};
+use super::{AHEAD_MAX, Allocated, DeviceError, Heads, KvShape, Landed, StepMeta, VocabSplit, cpu::Exchange};
 use crate::model::Shard;
 
 pub use self::{
@@ -40,14 +41,18 @@ pub use self::{
     peaks::{Peaks, measure as measure_peaks},
 };
 
-/// Sets what NVIDIA's libraries read when they are opened: no NVLink multicast. A program that ends badly while it uses
-/// that can leave the machine's GPUs unusable.
+/// Sets what NVIDIA's libraries read when they are opened. No NVLink multicast: a program that ends badly while it uses
+/// that can leave the machine's GPUs unusable. All connections between ranks at the start: made at first use, they would
+/// make a rank wait for another one in the middle of a step.
 ///
 /// # Safety
 /// The process has one thread.
 pub unsafe fn prepare_environment() {
     // SAFETY: the caller's promise.
-    unsafe { std::env::set_var("NCCL_NVLS_ENABLE", "0") };
+    unsafe {
+        std::env::set_var("NCCL_NVLS_ENABLE", "0");
+        std::env::set_var("NCCL_RUNTIME_CONNECT", "0");
+    }
 }
 
 /// Bytes of a bf16 number.
@@ -91,10 +96,14 @@ pub struct CudaDevice {
     uploads: Uploads,
     attention: Attention,
     head: Head,
-    /// The end of a step.
-    done: Event,
-    /// What was sampled last, by slot.
-    last_sampled: Vec<u32>,
+    /// A point that the host waits for within a step.
+    reached: Event,
+    /// Queued steps that have not landed, oldest first.
+    flights: VecDeque<Flight>,
+    /// Steps that landed early, because the host had to see their tokens.
+    landed: VecDeque<Landed>,
+    /// Which of the buffers that take turns the next step has.
+    side: usize,
     allocated: Allocated,
     disturbed: bool,
 }
@@ -140,6 +149,8 @@ impl Kv {
 /// An uploaded step.
 pub struct CudaStep {
     meta: Arc<StepMeta>,
+    /// Which of the buffers that take turns it has.
+    side: usize,
     /// Where its arrays are on the GPU.
     on_gpu: upload::Arrays,
     /// Works of one row, which come first among the uploaded works.
@@ -194,8 +205,10 @@ impl CudaDevice {
             "GPU opened"
         );
         Ok(Self {
-            last_sampled: vec![0; spec.max_running],
-            done: gpu.event(false)?,
+            reached: gpu.event(false)?,
+            flights: VecDeque::new(),
+            landed: VecDeque::new(),
+            side: 0,
             allocated: Allocated {
                 workspace: workspace as u64,
                 ..Allocated::default()
@@ -217,18 +230,28 @@ impl CudaDevice {
 
     /// Waits until the GPU has done everything so far, or another rank has failed.
     fn settle(&self) -> Result<(), DeviceError> {
-        self.done.record()?;
-        loop {
-            for _ in 0..64 {
-                if self.done.reached()? {
-                    return Ok(());
-                }
-                std::hint::spin_loop();
-            }
+        self.reached.record()?;
+        self.await_event(&self.reached)
+    }
+
+    fn await_event(&self, event: &Event) -> Result<(), DeviceError> {
+        while !event.reached()? {
             if self.exchange.is_closed() {
                 return Err(DeviceError::Interrupted);
             }
+            std::hint::spin_loop();
         }
+        Ok(())
+    }
+
+    /// The buffers of the next step, which no step uses any more.
+    fn take_side(&mut self) -> usize {
+        assert!(
+            self.flights.len() + self.landed.len() < AHEAD_MAX,
+            "a step lands before so many more are queued"
+        );
+        self.side = (self.side + 1) % AHEAD_MAX;
+        self.side
     }
 }
 

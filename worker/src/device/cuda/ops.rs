@@ -13,7 +13,7 @@ use super::{
     nccl::Numbers,
 };
 use crate::device::{
-    Allocated, Device, DeviceError, HeadOut, Heads, KvShape, Norm, Part, RandomTensor, Source, StepMeta,
+    Allocated, Device, DeviceError, Heads, KvShape, Landed, Norm, Part, RandomTensor, Source, StepMeta,
     VocabSplit,
 };
 
@@ -268,9 +268,11 @@ impl Device for CudaDevice {
         inv_freq: &Vector,
         half: usize,
     ) -> Result<CudaStep, DeviceError> {
-        let uploaded = self.uploads.upload(&self.gpu, &meta, &self.last_sampled)?;
+        let side = self.take_side();
+        let uploaded = self.uploads.upload(&self.gpu, &meta, side)?;
         let step = CudaStep {
             meta,
+            side,
             on_gpu: uploaded.arrays,
             n_single: uploaded.n_single,
             n_tiles: uploaded.n_tiles,
@@ -303,6 +305,7 @@ impl Device for CudaDevice {
             (&residual.memory).into(),
             (&table.memory).into(),
             step.on_gpu.tokens.into(),
+            self.head.last().into(),
             (residual.width as u32).into(),
             (mine.start as u32).into(),
             (mine.len() as u32).into(),
@@ -446,13 +449,20 @@ impl Device for CudaDevice {
 
     fn head_sample(
         &mut self,
-        step: &CudaStep,
+        step: CudaStep,
         residual: &Rows,
         normed: &Rows,
         head: &Matrix,
         split: &VocabSplit,
-    ) -> Result<Vec<HeadOut>, DeviceError> {
+    ) -> Result<(), DeviceError> {
         self.sample(step, residual, normed, head, split)
+    }
+
+    fn land(&mut self) -> Result<Option<Landed>, DeviceError> {
+        if let Some(landed) = self.landed.pop_front() {
+            return Ok(Some(landed));
+        }
+        self.land_if_done()
     }
 }
 

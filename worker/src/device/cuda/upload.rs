@@ -1,6 +1,7 @@
 //! A step's metadata: gathered in page-locked memory, copied to the GPU once.
 //!
-//! Works of one row come first, so that the kernel for single rows sees a dense list of them; works of several rows are
+//! A step may be gathered while the one before it runs: the host's buffers take turns, and the stream's order keeps the
+//! GPU's. Ids that only the GPU knows go as the number of their slot. Works of one row come first, so that the kernel for single rows sees a dense list of them; works of several rows are
 //! cut into tiles.
 
 use std::sync::Arc;
@@ -10,7 +11,12 @@ use super::{
     attention::TILE_ROWS,
     driver::{Gpu, Memory, Pinned},
 };
-use crate::device::{DeviceError, RowToken, StepMeta};
+use crate::device::{AHEAD_MAX, DeviceError, HeadUse, RowToken, StepMeta};
+
+/// Marks an id that stands for what a slot last sampled, as `embed.cu` reads it.
+const OF_SLOT: u32 = 1 << 31;
+/// The slot of a row that samples nothing, as `head.cu` reads it.
+pub(super) const NO_SLOT: u32 = u32::MAX;
 
 /// Numbers of a work: its first row, rows, position of the first row, first entry in the block table.
 const WORK: usize = 4;
@@ -29,6 +35,7 @@ pub(super) struct Arrays {
     pub(super) row_works: u64,
     pub(super) tiles: u64,
     pub(super) asks: u64,
+    pub(super) slots: u64,
     pub(super) blocks: u64,
 }
 
@@ -42,7 +49,7 @@ pub(super) struct Uploaded {
 
 /// The buffers.
 pub(super) struct Uploads {
-    host: Pinned<u32>,
+    host: [Pinned<u32>; AHEAD_MAX],
     on_gpu: Memory,
     /// Numbers that fit.
     room: usize,
@@ -53,7 +60,7 @@ pub(super) struct Uploads {
 fn room(spec: &CudaSpec) -> usize {
     let table = spec.max_running * spec.max_model_len.div_ceil(spec.block_tokens);
     let tiles = spec.max_rows.div_ceil(TILE_ROWS) + spec.max_running;
-    5 * spec.max_rows + (1 + WORK) * spec.max_running + TILE * tiles + table + 8 * ALIGN
+    6 * spec.max_rows + (1 + WORK) * spec.max_running + TILE * tiles + table + 9 * ALIGN
 }
 
 pub(super) fn planned_bytes(spec: &CudaSpec) -> usize {
@@ -64,7 +71,7 @@ impl Uploads {
     pub(super) fn new(gpu: &Arc<Gpu>, spec: &CudaSpec) -> Result<Self, DeviceError> {
         let room = room(spec);
         Ok(Self {
-            host: gpu.pinned(room)?,
+            host: [gpu.pinned(room)?, gpu.pinned(room)?],
             on_gpu: gpu.alloc(room * size_of::<u32>(), "the metadata of steps")?,
             room,
         })
@@ -74,15 +81,15 @@ impl Uploads {
         self.on_gpu.bytes
     }
 
-    /// Copies a step. The last step must be done: its metadata is overwritten.
+    /// Copies a step. The last step on this side must be done: what it copies from is overwritten.
     pub(super) fn upload(
         &mut self,
         gpu: &Gpu,
         meta: &StepMeta,
-        last_sampled: &[u32],
+        side: usize,
     ) -> Result<Uploaded, DeviceError> {
         let mut at = Writer {
-            to: &mut self.host,
+            to: &mut self.host[side],
             base: self.on_gpu.address,
             n: 0,
         };
@@ -90,8 +97,12 @@ impl Uploads {
         let longest = single.iter().map(|work| work.start + 1).max().unwrap_or(0);
         let token = |token: &RowToken| match *token {
             RowToken::Known(id) => id,
-            RowToken::LastOf(slot) => last_sampled[slot as usize],
+            RowToken::LastOf(slot) => OF_SLOT | slot,
         };
+        let slots = meta.asks.iter().map(|ask| match ask.what {
+            HeadUse::Sample { slot, .. } => slot,
+            HeadUse::Score => NO_SLOT,
+        });
         let n_single = single.len();
         let tiles = several.iter().enumerate().flat_map(|(i, work)| {
             let starts = (0..work.rows.len()).step_by(TILE_ROWS);
@@ -113,6 +124,7 @@ impl Uploads {
             row_works: at.write(row_works.into_iter()),
             tiles: at.write(tiles.map(|n| n as u32)),
             asks: at.write(meta.asks.iter().map(|ask| ask.row as u32)),
+            slots: at.write(slots),
             blocks: at.write(meta.block_table.iter().copied()),
         };
         let n = at.n;
@@ -120,7 +132,7 @@ impl Uploads {
             n <= self.room,
             "a step fits the room that was made for the largest"
         );
-        gpu.copy_in(self.on_gpu.address, &self.host[..n])?;
+        gpu.copy_in(self.on_gpu.address, &self.host[side][..n])?;
         let n_tiles: usize = several
             .iter()
             .map(|work| work.rows.len().div_ceil(TILE_ROWS))
