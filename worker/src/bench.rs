@@ -1,10 +1,12 @@
 //! `swallow-worker bench`: how fast this machine runs a model, beside how fast it could.
 //!
-//! Steps go straight to the group, without scheduler or sockets. Before each measurement the same number of threads
-//! measures the ceiling: multiplications from registers for prefill, reading a buffer larger than the caches for
-//! decode. One JSON object a line, so that runs can be compared by a program.
+//! Prefill steps go straight to the group; decoding goes through the scheduler, without sockets. Before each
+//! measurement the same number of threads measures the ceiling: multiplications from registers for prefill, reading a
+//! buffer larger than the caches for decode; on a GPU both once. One JSON object a line, so that runs can be compared by
+//! a program.
 
 mod ceiling;
+mod decode;
 mod shapes;
 
 use std::{
@@ -18,11 +20,12 @@ use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, LlamaConfig},
-    device::{DeviceError, cpu::Isa, cuda},
+    device::{AHEAD_MAX, DeviceError, cpu::Isa, cuda},
     group::{Group, GroupError, GroupSpec, LoadProgress, Machine},
     model::Weights,
     sampling::SamplingParams,
 };
+use decode::Batch;
 
 /// Tokens in one block.
 const BLOCK_TOKENS: usize = 16;
@@ -76,15 +79,33 @@ pub struct BenchArgs {
     /// Sequences that decode together; a list measures each.
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_values_t = [1, 8, 32])]
     pub batch: Vec<usize>,
-    /// Tokens before each decoded one; they are computed, unmeasured, before the first.
+    /// Tokens of each prompt that is decoded after.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub context: usize,
+    /// Tokens that each sequence generates.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub output_tokens: usize,
+    /// Divides the logits of decoded rows; 0 takes the likeliest token.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Draws among the likeliest tokens whose probabilities reach this sum.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Draws among this many likeliest tokens; 0: all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub top_k: u32,
     /// Most prompt tokens that are computed in one step before decoding; more if a prefill is longer.
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub max_step_tokens: usize,
-    /// Seconds of each measurement.
+    /// Seconds of each measurement of prefill; each decode batch is measured once.
     #[arg(long, value_name = "S", default_value_t = 2.0)]
     pub seconds: f64,
+    /// On a GPU: wait for every step's tokens before the next is launched.
+    #[arg(long)]
+    pub lockstep: bool,
+    /// On a GPU: launch decode steps kernel by kernel.
+    #[arg(long)]
+    pub no_recordings: bool,
 }
 
 /// Why nothing was measured.
@@ -136,13 +157,17 @@ enum Line<'a> {
     Decode {
         batch: usize,
         context: usize,
+        output_tokens: usize,
         tokens_per_s: f64,
+        /// Median time between steps, with all that the scheduler does.
         step_ms: f64,
+        /// Steps that were measured.
+        steps: usize,
         /// Weights, keys and values that a step reads.
         bytes_per_step: u64,
         /// Reading a buffer larger than the caches. A model that fits the caches can be faster.
         ceiling_gb_per_s: f64,
-        /// The slower of memory and arithmetic.
+        /// The slower of memory and arithmetic for the weights, and memory for keys and values.
         ceiling_tokens_per_s: f64,
         fraction: f64,
     },
@@ -163,7 +188,18 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
     let ceilings = Ceilings::new(args.device, threads)?;
     let most = args.batch.iter().copied().max().unwrap_or(1);
     let longest = args.prefill_tokens.iter().copied().max().unwrap_or(1);
-    let blocks_a_sequence = (args.context + 1).div_ceil(BLOCK_TOKENS);
+    let batches: Vec<Batch> = args
+        .batch
+        .iter()
+        .map(|&sequences| Batch {
+            sequences,
+            prompt: args.context,
+            outputs: args.output_tokens,
+            max_step_tokens: args.max_step_tokens.max(sequences),
+            vocab: config.vocab_size,
+        })
+        .collect();
+    let blocks = batches.iter().map(Batch::blocks).max().unwrap_or(1);
     let spec = GroupSpec {
         machine: match args.device {
             BenchDevice::Cpu => Machine::Cpu,
@@ -172,12 +208,16 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
         tensor_parallel: args.tensor_parallel,
         threads,
         block_tokens: BLOCK_TOKENS,
-        n_blocks: (most * blocks_a_sequence).max(longest.div_ceil(BLOCK_TOKENS)),
+        n_blocks: blocks.max(longest.div_ceil(BLOCK_TOKENS)),
         max_running: most,
         max_step_tokens: most.max(longest).max(args.max_step_tokens),
-        max_model_len: (args.context + 1).max(longest),
+        max_model_len: (args.context + args.output_tokens).max(longest),
         step_timeout: STEP_TIMEOUT,
-        steps_ahead: 1,
+        steps_ahead: match args.device {
+            BenchDevice::Cuda if !args.lockstep => AHEAD_MAX,
+            BenchDevice::Cuda | BenchDevice::Cpu => 1,
+        },
+        record: !args.no_recordings,
         fault: None,
     };
     let started = Instant::now();
@@ -206,15 +246,20 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
             BenchDevice::Cpu => 4.0,
             BenchDevice::Cuda => 2.0,
         },
-        max_step_tokens: args.max_step_tokens,
+        params: SamplingParams {
+            temperature: args.temperature,
+            top_p: args.top_p,
+            top_k: args.top_k,
+            ..SamplingParams::greedy()
+        },
         seconds: Duration::from_secs_f64(args.seconds),
         step: 0,
     };
     for &tokens in &args.prefill_tokens {
         bench.prefill(tokens)?;
     }
-    for &batch in &args.batch {
-        bench.decode(batch, args.context)?;
+    for batch in batches {
+        bench.decode(batch)?;
     }
     Ok(())
 }
@@ -227,8 +272,11 @@ fn check(args: &BenchArgs) -> Result<(), BenchError> {
     if args.max_step_tokens == 0 || args.prefill_tokens.is_empty() || args.prefill_tokens.contains(&0) {
         return flag("--prefill-tokens and --max-step-tokens must be at least 1");
     }
-    if args.batch.is_empty() || args.batch.contains(&0) {
-        return flag("--batch must be at least 1");
+    if args.batch.is_empty() || args.batch.contains(&0) || args.context == 0 {
+        return flag("--batch and --context must be at least 1");
+    }
+    if args.output_tokens < 3 {
+        return flag("--output-tokens must be at least 3: a step is measured from the one before it");
     }
     if args.threads == Some(0) || args.tensor_parallel == 0 {
         return flag("--threads and --tensor-parallel must be at least 1");
@@ -337,7 +385,8 @@ struct Bench<'a> {
     ceilings: Ceilings,
     /// Bytes of a weight, and of a number of keys and values.
     number_bytes: f64,
-    max_step_tokens: usize,
+    /// Of decoded rows.
+    params: SamplingParams,
     seconds: Duration,
     step: u64,
 }
@@ -371,68 +420,33 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn decode(&mut self, batch: usize, context: usize) -> Result<(), BenchError> {
+    fn decode(&mut self, batch: Batch) -> Result<(), BenchError> {
         let machines = self.ceilings.machines(self.ranks);
         let (bandwidth, flops) = (
             self.ceilings.bandwidth() * machines,
             self.ceilings.flops() * machines,
         );
-        let a_sequence = (context + 1).div_ceil(BLOCK_TOKENS);
-        let work = |i: usize| Work {
-            seq: SeqId(i as u64),
-            slot: Slot(i as u32),
-            start: context as u32,
-            input: Input::Tokens(vec![(i % self.config.vocab_size) as u32]),
-            blocks: blocks(i * a_sequence, context + 1),
-            sample: Some(0),
-            prompt_logprobs: false,
-        };
-        let works = (0..batch).map(work).collect();
-        self.compute_context(batch, context)?;
-        let seconds = self.measure(works)?;
-        let bytes = self.weight_bytes() + batch as f64 * self.kv_bytes(context + 1);
-        let flop = batch as f64
-            * (self.linear_flop() + self.attention_flop((context + 1) as f64) + self.head_flop());
-        let limit = batch as f64 / (bytes / bandwidth).max(flop / flops);
+        self.step += 1;
+        let measured = decode::measure(self.group, batch, &self.params, self.step)?;
+        let (n, seconds) = (batch.sequences as f64, measured.step.as_secs_f64());
+        // The middle step's.
+        let context = batch.prompt + batch.outputs / 2;
+        let (weights, kv) = (self.weight_bytes(), n * self.kv_bytes(context));
+        let flop = n * (self.linear_flop() + self.head_flop());
+        // Products wait for weights or for arithmetic; attention waits for keys and values.
+        let limit = n / ((weights / bandwidth).max(flop / flops) + kv / bandwidth);
         print(&Line::Decode {
-            batch,
-            context,
-            tokens_per_s: batch as f64 / seconds,
+            batch: batch.sequences,
+            context: batch.prompt,
+            output_tokens: batch.outputs,
+            tokens_per_s: n / seconds,
             step_ms: seconds * 1e3,
-            bytes_per_step: bytes as u64,
+            steps: measured.steps,
+            bytes_per_step: (weights + kv) as u64,
             ceiling_gb_per_s: bandwidth / 1e9,
             ceiling_tokens_per_s: limit,
-            fraction: batch as f64 / seconds / limit,
+            fraction: n / seconds / limit,
         });
-        Ok(())
-    }
-
-    /// Keys and values of every sequence's context, from pseudo-random tokens that differ between sequences.
-    fn compute_context(&mut self, batch: usize, context: usize) -> Result<(), BenchError> {
-        let a_sequence = (context + 1).div_ceil(BLOCK_TOKENS);
-        let vocab = self.config.vocab_size as u64;
-        for sequence in 0..batch {
-            for start in (0..context).step_by(self.max_step_tokens) {
-                let end = (start + self.max_step_tokens).min(context);
-                let token = |i: usize| {
-                    let place = (sequence * context + i) as u64;
-                    ((place.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) % vocab) as u32
-                };
-                self.step += 1;
-                self.group.run(&Step {
-                    id: StepId(self.step),
-                    works: vec![Work {
-                        seq: SeqId(sequence as u64),
-                        slot: Slot(sequence as u32),
-                        start: start as u32,
-                        input: Input::Tokens((start..end).map(token).collect()),
-                        blocks: blocks(sequence * a_sequence, end),
-                        sample: None,
-                        prompt_logprobs: false,
-                    }],
-                })?;
-            }
-        }
         Ok(())
     }
 

@@ -327,6 +327,48 @@ fn compare_generated(
     )
 }
 
+/// A recorded step and one that is launched kernel by kernel give the same bits, at sizes on, below and above those that
+/// are recorded.
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn recorded_and_launched_steps_are_equal() {
+    for (heads, kv_heads, dim) in [(8, 1, 128), (9, 3, 64), (6, 2, 80)] {
+        let run = |record| {
+            let spec = GroupSpec {
+                record,
+                max_running: 40,
+                ..spec(Machine::Cuda)
+            };
+            let group = start(dummy(heads, kv_heads, dim), spec.clone());
+            let mut engine = Engine::of(group, spec, false);
+            let mut outcomes = Vec::new();
+            for n in [1, 2, 3, 5, 12, 13, 33, 40] {
+                let requests: Vec<Request> = (0..n)
+                    .map(|i| Request {
+                        prompt: ids(1000 * n + i, 3 + 83 * i as usize % 1500, 2048),
+                        max_tokens: 12,
+                        params: SamplingParams {
+                            // Half of them come to the host as logits, the others as tokens alone.
+                            logprobs: (i % 2 == 0).then_some(3),
+                            ..SamplingParams::greedy()
+                        },
+                    })
+                    .collect();
+                outcomes.push(engine.run(&requests, 0));
+            }
+            outcomes
+        };
+        assert_eq!(
+            run(true),
+            run(false),
+            "{heads} heads, {kv_heads} of keys, {dim} numbers"
+        );
+        println!(
+            "{heads} heads, {kv_heads} of keys, {dim} numbers: recorded and launched steps have equal bits"
+        );
+    }
+}
+
 /// The same steps give the same bits.
 #[test]
 #[ignore = "needs a GPU; tests/gpu runs it"]

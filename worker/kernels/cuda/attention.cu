@@ -27,6 +27,10 @@ static __device__ __forceinline__ float power_of_two(float x) {
 #define HEADS 4   // query heads that share a pass over keys and values
 #define WARPS 4
 #define AHEAD 2   // tokens of a team whose keys and values are under way together
+#define PART 64   // fewest tokens of a part of a context
+
+// Parts that a context of `n` tokens is cut into, of at most `most`.
+static __device__ __forceinline__ unsigned parts_of(unsigned n, unsigned most) { return min((n + PART - 1) / PART, most); }
 
 template <int DIM>
 static __device__ __forceinline__ void attend_single(const bf16* __restrict__ qkv, const bf16* __restrict__ keys,
@@ -41,7 +45,8 @@ static __device__ __forceinline__ void attend_single(const bf16* __restrict__ qk
     const unsigned kv_head = blockIdx.y / passes, first = blockIdx.y % passes * HEADS;
     const unsigned heads = min(group - first, (unsigned)HEADS), q_head = kv_head * group + first;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % LANES, team = threadIdx.x % 32 / LANES;
-    const unsigned n = work.z + 1, splits = gridDim.z;
+    const unsigned n = work.z + 1, splits = parts_of(n, gridDim.z);
+    if (blockIdx.z >= splits) return;
     const unsigned each = (n + splits - 1) / splits, begin = blockIdx.z * each, end = min(begin + each, n);
 
     float q[HEADS][16];
@@ -158,7 +163,7 @@ static __device__ __forceinline__ void attend_single(const bf16* __restrict__ qk
         if (splits == 1) {
             out[((size_t)work.x * n_q + q_head + h) * DIM + d] = narrow(x / total);
         } else {
-            float* part = parts + (((size_t)blockIdx.x * n_q + q_head + h) * splits + blockIdx.z) * (DIM + 2);
+            float* part = parts + (((size_t)blockIdx.x * n_q + q_head + h) * gridDim.z + blockIdx.z) * (DIM + 2);
             part[d] = x;
             if (d == 0) part[DIM] = top, part[DIM + 1] = total;
         }
@@ -179,8 +184,10 @@ SINGLE(128)
 extern "C" __global__ void __launch_bounds__(128) merge_parts(const float* __restrict__ parts,
                                                                const uint4* __restrict__ works,
                                                                bf16* __restrict__ out, unsigned n_q, unsigned dim,
-                                                               unsigned splits) {
-    const float* part = parts + ((size_t)blockIdx.x * n_q + blockIdx.y) * splits * (dim + 2);
+                                                               unsigned most) {
+    const float* part = parts + ((size_t)blockIdx.x * n_q + blockIdx.y) * most * (dim + 2);
+    const unsigned splits = parts_of(works[blockIdx.x].z + 1, most);
+    if (splits == 1) return;  // written whole
     float top = NOTHING, total = 0.0f;
     for (unsigned s = 0; s < splits; ++s) top = fmaxf(top, part[s * (dim + 2) + dim]);
     for (unsigned s = 0; s < splits; ++s) total += part[s * (dim + 2) + dim + 1] * power_of_two(part[s * (dim + 2) + dim] - top);

@@ -307,6 +307,51 @@ pub trait Device {
         normed: &mut Self::Rows,
     ) -> Result<(), DeviceError>;
 
+    /// Sizes of steps of single rows whose forward pass this device wants recorded before the first step.
+    fn recordable(&self) -> Vec<usize> {
+        Vec::new()
+    }
+
+    /// Lets `pass` run a step of `rows` rows that mean nothing, and keeps what it launches, to be run again at once by
+    /// [`Device::replay`]. All ranks call it alike.
+    ///
+    /// # Errors
+    /// If the device fails. What cannot be recorded is not, and its steps are launched as any others.
+    fn record(
+        &mut self,
+        _rows: usize,
+        _rotary: (&Self::Vector, usize),
+        _pass: impl FnMut(&mut Self, &Self::Step) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError>
+    where
+        Self: Sized,
+    {
+        Ok(())
+    }
+
+    /// Runs a step's whole forward pass from a recording; false if there is none for it, and nothing was done.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn replay(&mut self, _step: &Self::Step) -> Result<bool, DeviceError> {
+        Ok(false)
+    }
+
+    /// Exchange. The part of [`Device::head_sample`] that can be recorded with the layers before it.
+    ///
+    /// # Errors
+    /// If another rank failed.
+    fn head(
+        &mut self,
+        _step: &Self::Step,
+        _residual: &Self::Rows,
+        _normed: &Self::Rows,
+        _head: &Self::Matrix,
+        _split: &VocabSplit,
+    ) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Exchange. Logits of the asked rows alone, from the vocabulary-sharded head; samples and scores them, and keeps
     /// each slot's sampled token for the next step. This ends a step: what came of it is fetched with
     /// [`Device::land`], and a device that runs by itself may return before it has computed anything.

@@ -143,16 +143,7 @@ impl StepMeta {
             step: step.id.0,
             what,
         };
-        let mut meta = StepMeta {
-            id: step.id,
-            tokens: Vec::new(),
-            positions: Vec::new(),
-            kv_places: Vec::new(),
-            row_works: Vec::new(),
-            works: Vec::with_capacity(step.works.len()),
-            block_table: Vec::new(),
-            asks: Vec::new(),
-        };
+        let mut meta = StepMeta::empty(step.id);
         if step.works.is_empty() || step.works.len() > shape.max_running {
             return Err(bad(format!(
                 "{} works, not 1 to {}",
@@ -178,6 +169,20 @@ impl StepMeta {
         }
         meta.check_written(shape).map_err(bad)?;
         Ok(meta)
+    }
+
+    /// A step without rows.
+    pub fn empty(id: StepId) -> StepMeta {
+        StepMeta {
+            id,
+            tokens: Vec::new(),
+            positions: Vec::new(),
+            kv_places: Vec::new(),
+            row_works: Vec::new(),
+            works: Vec::new(),
+            block_table: Vec::new(),
+            asks: Vec::new(),
+        }
     }
 
     /// Rows of the step.

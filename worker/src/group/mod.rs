@@ -70,6 +70,8 @@ pub struct GroupSpec {
     /// Steps that may be launched before the first of them is finished, 1 or 2. With 2 a device that runs by itself
     /// never waits for the host between steps, and what arrives in a step waits for one more.
     pub steps_ahead: usize,
+    /// On GPUs: decode steps are recorded at start and replayed.
+    pub record: bool,
     /// Test instrument, on no command line: a rank that misbehaves.
     pub fault: Option<Fault>,
 }

@@ -154,6 +154,7 @@ impl Member {
             hidden: config.hidden_size,
             heads: self.shard.heads(config),
             split: VocabSplit::new(config.vocab_size, self.shard.of),
+            record: self.spec.record,
         };
         CudaDevice::new(spec, self.id, self.exchange.clone())
     }

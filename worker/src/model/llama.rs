@@ -34,9 +34,14 @@ pub struct LlamaSpec {
 
 /// One rank's weights, keys and values, and activations.
 pub struct Llama<D: Device> {
+    inv_freq: D::Vector,
+    net: Net<D>,
+}
+
+/// What a forward pass uses: all but the rotary frequencies, which belong to the step.
+struct Net<D: Device> {
     heads: Heads,
     split: VocabSplit,
-    inv_freq: D::Vector,
     embedding: D::Matrix,
     layers: Vec<Layer<D>>,
     norm: Norm<D::Vector>,
@@ -110,7 +115,7 @@ impl<D: Device> Llama<D> {
             norm,
             head,
         } = &slices;
-        let llama = Self {
+        let net = Net {
             heads,
             split: VocabSplit::new(config.vocab_size, spec.shard.of),
             embedding: loader.matrix(std::slice::from_ref(embedding))?,
@@ -123,14 +128,41 @@ impl<D: Device> Llama<D> {
                 .as_ref()
                 .map(|head| loader.matrix(std::slice::from_ref(head)))
                 .transpose()?,
-            inv_freq: device.vector(&inverse_frequencies(&config.rope, config.head_dim))?,
             kv,
             work,
         };
-        llama.prepare(device)?;
+        let inv_freq = device.vector(&inverse_frequencies(&config.rope, config.head_dim))?;
+        let mut llama = Self { inv_freq, net };
+        llama.net.prepare(device)?;
+        llama.record(device)?;
         Ok(llama)
     }
 
+    fn record(&mut self, device: &mut D) -> Result<(), DeviceError> {
+        let Self { inv_freq, net } = self;
+        for rows in device.recordable() {
+            let rotary = (&*inv_freq, net.heads.dim / 2);
+            device.record(rows, rotary, |device, step| net.pass(device, step))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the device one step; what this rank samples and scores in it, [`Device::land`] brings.
+    ///
+    /// # Errors
+    /// If another rank failed, or logits are not finite.
+    pub fn forward(&mut self, device: &mut D, meta: Arc<StepMeta>) -> Result<(), DeviceError> {
+        let net = &mut self.net;
+        let step = device.begin(meta, &self.inv_freq, net.heads.dim / 2)?;
+        if !device.replay(&step)? {
+            net.pass(device, &step)?;
+        }
+        let head = net.head.as_ref().unwrap_or(&net.embedding);
+        device.head_sample(step, &net.work.residual, &net.work.normed, head, &net.split)
+    }
+}
+
+impl<D: Device> Net<D> {
     /// All layers have the same shapes, so one stands for all.
     fn prepare(&self, device: &mut D) -> Result<(), DeviceError> {
         let work = &self.work;
@@ -143,15 +175,11 @@ impl<D: Device> Llama<D> {
         device.prepare_head(self.head.as_ref().unwrap_or(&self.embedding))
     }
 
-    /// Gives the device one step; what this rank samples and scores in it, [`Device::land`] brings.
-    ///
-    /// # Errors
-    /// If another rank failed, or logits are not finite.
-    pub fn forward(&mut self, device: &mut D, meta: Arc<StepMeta>) -> Result<(), DeviceError> {
+    /// Every layer and the head, over all rows of a step.
+    fn pass(&mut self, device: &mut D, step: &D::Step) -> Result<(), DeviceError> {
         let Self {
             heads,
             split,
-            inv_freq,
             embedding,
             layers,
             norm,
@@ -159,10 +187,9 @@ impl<D: Device> Llama<D> {
             kv,
             work,
         } = self;
-        let step = device.begin(meta, inv_freq, heads.dim / 2)?;
         let first = layers.first().map_or(&*norm, |layer| &layer.attention_norm);
         device.embed_norm(
-            &step,
+            step,
             embedding,
             split,
             first,
@@ -170,25 +197,25 @@ impl<D: Device> Llama<D> {
             &mut work.normed,
         )?;
         for (n, layer) in layers.iter().enumerate() {
-            device.linear(&step, &work.normed, &layer.qkv, &mut work.qkv)?;
-            device.rope_write(&step, n, *heads, &mut work.qkv, kv)?;
-            device.attention(&step, n, *heads, &work.qkv, kv, &mut work.attended)?;
-            device.linear(&step, &work.attended, &layer.attention_out, &mut work.partial)?;
+            device.linear(step, &work.normed, &layer.qkv, &mut work.qkv)?;
+            device.rope_write(step, n, *heads, &mut work.qkv, kv)?;
+            device.attention(step, n, *heads, &work.qkv, kv, &mut work.attended)?;
+            device.linear(step, &work.attended, &layer.attention_out, &mut work.partial)?;
             device.reduce_add_norm(
-                &step,
+                step,
                 &work.partial,
                 &layer.mlp_norm,
                 &mut work.residual,
                 &mut work.normed,
             )?;
-            device.linear(&step, &work.normed, &layer.gate_up, &mut work.gate_up)?;
-            device.silu_mul(&step, &work.gate_up, &mut work.inner)?;
-            device.linear(&step, &work.inner, &layer.down, &mut work.partial)?;
+            device.linear(step, &work.normed, &layer.gate_up, &mut work.gate_up)?;
+            device.silu_mul(step, &work.gate_up, &mut work.inner)?;
+            device.linear(step, &work.inner, &layer.down, &mut work.partial)?;
             let next = layers.get(n + 1).map_or(&*norm, |layer| &layer.attention_norm);
-            device.reduce_add_norm(&step, &work.partial, next, &mut work.residual, &mut work.normed)?;
+            device.reduce_add_norm(step, &work.partial, next, &mut work.residual, &mut work.normed)?;
         }
         let head = head.as_ref().unwrap_or(embedding);
-        device.head_sample(step, &work.residual, &work.normed, head, split)
+        device.head(step, &work.residual, &work.normed, head, split)
     }
 }
 

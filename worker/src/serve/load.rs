@@ -61,6 +61,7 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
             Machine::Cpu => 1,
             Machine::Cuda => AHEAD_MAX,
         },
+        record: true,
         fault: None,
     };
     let planned = match machine {
@@ -265,6 +266,7 @@ fn planned_cuda(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
             hidden: model.hidden_size,
             heads: shard.heads(model),
             split: VocabSplit::new(model.vocab_size, of),
+            record: true,
         };
         workspace += cuda::workspace_bytes(&spec, shard.part(model.intermediate_size).len());
     }

@@ -33,6 +33,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         max_model_len: to_usize(sizes.max_model_len),
         step_timeout,
         steps_ahead: 1,
+        record: true,
         fault: Some(Fault {
             rank: 1,
             step: 3,

@@ -39,6 +39,7 @@ pub fn spec(tensor_parallel: usize) -> GroupSpec {
         max_model_len: 4096,
         step_timeout: Duration::from_secs(120),
         steps_ahead: 1,
+        record: true,
         fault: None,
     }
 }

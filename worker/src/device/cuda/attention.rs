@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{
     BF16, CudaSpec, CudaStep, F32, Kv, Rows,
+    blas::size,
     driver::{Arg, Gpu, Memory},
     ops::Kernels,
 };
@@ -17,8 +18,8 @@ const TILE_KEYS: usize = 64;
 const SHARED_HEADS: usize = 4;
 /// Most parts of a context.
 const SPLITS_MAX: usize = 32;
-/// Fewest tokens of a part: below, starting and merging cost more than reading.
-const PART_TOKENS: usize = 128;
+/// Fewest tokens of a part, as `attention.cu` cuts them: below, starting and merging cost more than reading.
+const PART_TOKENS: usize = 64;
 /// Blocks of single rows that a multiprocessor has at a time.
 const BLOCKS_A_SM: usize = 2;
 
@@ -27,6 +28,9 @@ pub(super) struct Attention {
     parts: Memory,
     /// Rows, heads and parts together that have room.
     room: usize,
+    max_rows: usize,
+    /// Parts of the longest sequence.
+    most_parts: usize,
 }
 
 /// Parts are used where there are too few blocks without them, so their number is bounded by the blocks wanted.
@@ -60,6 +64,8 @@ impl Attention {
         Ok(Self {
             parts: gpu.alloc(planned_bytes(spec), "attention")?,
             room: room(spec),
+            max_rows: spec.max_rows,
+            most_parts: spec.max_model_len.div_ceil(PART_TOKENS),
         })
     }
 
@@ -67,13 +73,14 @@ impl Attention {
         self.parts.bytes
     }
 
-    /// Parts of each context: enough blocks for all multiprocessors, no part too short to be worth it.
-    fn splits(&self, gpu: &Gpu, heads: Heads, n_rows: u32, longest: u32) -> u32 {
-        let blocks = n_rows as usize * heads.n_kv * passes(heads);
-        let wanted = (BLOCKS_A_SM * gpu.n_sm as usize).div_ceil(blocks);
-        let worth = (longest as usize).div_ceil(PART_TOKENS);
-        let roomy = self.room / (n_rows as usize * heads.n_q);
-        wanted.min(worth).min(roomy).clamp(1, SPLITS_MAX) as u32
+    /// Parts that a context may have: enough blocks for all multiprocessors. The kernel uses fewer where a part would be
+    /// too short to be worth it. They depend on the size that steps are recorded for, so that steps of one size have the
+    /// same bits however they are launched.
+    fn splits(&self, gpu: &Gpu, heads: Heads, n_single: u32) -> u32 {
+        let rows = size(n_single as usize).min(self.max_rows);
+        let wanted = (BLOCKS_A_SM * gpu.n_sm as usize).div_ceil(rows * heads.n_kv * passes(heads));
+        let roomy = self.room / (rows * heads.n_q);
+        wanted.min(roomy).min(self.most_parts).clamp(1, SPLITS_MAX) as u32
     }
 
     /// All rows of a step.
@@ -111,7 +118,7 @@ impl Attention {
         }
         let last = [shift.into(), scale.into()];
         if step.n_single > 0 {
-            let splits = self.splits(gpu, heads, step.n_single, step.longest);
+            let splits = self.splits(gpu, heads, step.n_single);
             let outs = [at.blocks.into(), (&out.memory).into(), (&self.parts).into()];
             let mut arguments = [&pool[..], &outs, &ends, &last].concat();
             let grid = [step.n_single, n_kv * passes(heads) as u32, splits];

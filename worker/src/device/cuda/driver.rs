@@ -11,7 +11,7 @@ use std::{
 
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute_enum,
-    CUmodule, CUstream,
+    CUgraph, CUgraphExec, CUgraphNode, CUmodule, CUstream,
 };
 
 use super::libs::{Library, LibraryError, Wanted, functions, string};
@@ -52,6 +52,14 @@ functions! {
         set_bytes = c"cuMemsetD8Async" (CUdeviceptr, u8, usize, CUstream) -> c_int;
         stream_create = c"cuStreamCreate" (*mut CUstream, c_uint) -> c_int;
         stream_wait = c"cuStreamSynchronize" (CUstream) -> c_int;
+        capture_begin = c"cuStreamBeginCapture_v2" (CUstream, c_int) -> c_int;
+        capture_end = c"cuStreamEndCapture" (CUstream, *mut CUgraph) -> c_int;
+        graph_nodes = c"cuGraphGetNodes" (CUgraph, *mut CUgraphNode, *mut usize) -> c_int;
+        graph_instantiate = c"cuGraphInstantiateWithFlags" (*mut CUgraphExec, CUgraph, u64) -> c_int;
+        graph_destroy = c"cuGraphDestroy" (CUgraph) -> c_int;
+        graph_upload = c"cuGraphUpload" (CUgraphExec, CUstream) -> c_int;
+        graph_launch = c"cuGraphLaunch" (CUgraphExec, CUstream) -> c_int;
+        graph_exec_destroy = c"cuGraphExecDestroy" (CUgraphExec) -> c_int;
         event_create = c"cuEventCreate" (*mut CUevent, c_uint) -> c_int;
         event_destroy = c"cuEventDestroy_v2" (CUevent) -> c_int;
         event_record = c"cuEventRecord" (CUevent, CUstream) -> c_int;

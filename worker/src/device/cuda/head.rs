@@ -159,22 +159,23 @@ fn is_plain(ask: &HeadAsk) -> bool {
 }
 
 impl CudaDevice {
-    /// Queues the end of a step.
+    /// Queues the end of a step, whose first batch of asked rows has its logits.
     pub(super) fn sample(
         &mut self,
-        step: CudaStep,
-        residual: &Rows,
+        step: &CudaStep,
         normed: &Rows,
         head: &Matrix,
         split: &VocabSplit,
     ) -> Result<(), DeviceError> {
-        assert_eq!(head.outs, split.range(self.spec.shard.rank).len());
-        self.fingerprint(&step, residual)?;
         let (meta, side) = (Arc::clone(&step.meta), step.side);
         let (mut hard, mut answered) = (Vec::new(), Vec::new());
         for (n, batch) in meta.asks.chunks(self.head.batch).enumerate() {
             let first = n * self.head.batch;
-            self.logits(&step, first, batch.len(), normed, head)?;
+            if n > 0 {
+                self.logits(step, first, batch.len(), normed, head)?;
+            }
+            let to = &mut self.head.sides[side].best[first..first + batch.len()];
+            self.gpu.copy_out(to, self.head.best.address)?;
             let some: Vec<usize> = (0..batch.len()).filter(|&i| !is_plain(&batch[i])).collect();
             if !some.is_empty() {
                 // Samplers learn what came before first.
@@ -187,6 +188,10 @@ impl CudaDevice {
         }
         if !hard.is_empty() {
             self.keep_tokens(&meta.asks, &hard, &answered)?;
+        }
+        if self.comm.is_some() {
+            let side = &mut self.head.sides[side];
+            self.gpu.copy_out(&mut side.hash, self.head.hash.address)?;
         }
         self.head.sides[side].done.record()?;
         self.flights.push_back(Flight {
@@ -224,7 +229,7 @@ impl CudaDevice {
     }
 
     /// A hash over the bits of the residual stream, in a group of several.
-    fn fingerprint(&mut self, step: &CudaStep, residual: &Rows) -> Result<(), DeviceError> {
+    pub(super) fn fingerprint(&self, step: &CudaStep, residual: &Rows) -> Result<(), DeviceError> {
         if self.comm.is_none() {
             return Ok(());
         }
@@ -235,20 +240,13 @@ impl CudaDevice {
         let blocks = n.div_ceil(256).min(4 * u64::from(gpu.n_sm)) as u32;
         // SAFETY: the parameters of `fingerprint`; the rows have room for the step.
         unsafe {
-            gpu.launch(
-                &self.kernels.fingerprint,
-                [blocks, 1, 1],
-                [256, 1, 1],
-                0,
-                &mut arguments,
-            )?
-        };
-        gpu.copy_out(&mut self.head.sides[step.side].hash, hash.address)
+            let kernel = &self.kernels.fingerprint;
+            gpu.launch(kernel, [blocks, 1, 1], [256, 1, 1], 0, &mut arguments)
+        }
     }
 
-    /// Logits of `n` asked rows from `first` on, and the likeliest token of each, of all ranks: kept for the rows'
-    /// slots, and on its way to the host.
-    fn logits(
+    /// Logits of `n` asked rows from `first` on, and the likeliest token of each, of all ranks, kept for the rows' slots.
+    pub(super) fn logits(
         &mut self,
         step: &CudaStep,
         first: usize,
@@ -256,7 +254,10 @@ impl CudaDevice {
         normed: &Rows,
         head: &Matrix,
     ) -> Result<(), DeviceError> {
-        let buffers = &mut self.head;
+        if n == 0 {
+            return Ok(());
+        }
+        let buffers = &self.head;
         let after = |asks: u64| asks + (first * size_of::<u32>()) as u64;
         let width = head.ins;
         let mut arguments = [
@@ -315,8 +316,7 @@ impl CudaDevice {
                     .launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut all)?;
             }
         }
-        let to = &mut buffers.sides[step.side].best[first..first + n];
-        self.gpu.copy_out(to, buffers.best.address)
+        Ok(())
     }
 
     /// Reads a step that is done. Every rank knows all likeliest tokens; each sequence's sampler is told by one of them,

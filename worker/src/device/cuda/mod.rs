@@ -17,6 +17,7 @@ mod nccl;
 mod nvrtc;
 mod ops;
 mod peaks;
+mod recording;
 mod upload;
 
 use std::{collections::VecDeque, sync::Arc};
@@ -29,6 +30,7 @@ use self::{
     load::Staging,
     nccl::Comm,
     ops::Kernels,
+    recording::Recordings,
     upload::Uploads,
 };
 use super::{AHEAD_MAX, Allocated, DeviceError, Heads, KvShape, Landed, StepMeta, VocabSplit, cpu::Exchange};
@@ -79,6 +81,8 @@ pub struct CudaSpec {
     pub heads: Heads,
     /// The vocabulary over the ranks.
     pub split: VocabSplit,
+    /// Record the forward passes of decode steps at start, and replay them.
+    pub record: bool,
 }
 
 /// One rank on one GPU.
@@ -96,6 +100,9 @@ pub struct CudaDevice {
     uploads: Uploads,
     attention: Attention,
     head: Head,
+    recordings: Recordings,
+    /// The block that rows without meaning write to.
+    spare_block: u32,
     /// A point that the host waits for within a step.
     reached: Event,
     /// Queued steps that have not landed, oldest first.
@@ -134,9 +141,9 @@ pub struct Kv {
 }
 
 impl Kv {
-    /// Bytes of one layer's keys.
+    /// Bytes of one layer's keys, with those of a block that nobody reads.
     fn half_bytes(shape: &KvShape) -> usize {
-        shape.n_blocks * shape.block_tokens * shape.heads.n_kv * shape.heads.dim * BF16
+        (shape.n_blocks + 1) * shape.block_tokens * shape.heads.n_kv * shape.heads.dim * BF16
     }
 
     /// Where a layer's keys and values begin.
@@ -153,17 +160,23 @@ pub struct CudaStep {
     side: usize,
     /// Where its arrays are on the GPU.
     on_gpu: upload::Arrays,
+    /// Rows, with those that only fill a recorded size.
+    n_rows: usize,
+    /// Asked rows, with those that only fill a recorded size.
+    n_asks: usize,
     /// Works of one row, which come first among the uploaded works.
     n_single: u32,
     /// Tiles of the works of several rows.
     n_tiles: u32,
-    /// Longest sequence of the works of one row.
-    longest: u32,
+    /// Laid out as a recording has it.
+    fixed: bool,
+    /// Rotary frequencies, and how many.
+    inv_freq: (u64, usize),
 }
 
 impl CudaStep {
     fn n_rows(&self) -> usize {
-        self.meta.n_rows()
+        self.n_rows
     }
 }
 
@@ -209,6 +222,8 @@ impl CudaDevice {
             flights: VecDeque::new(),
             landed: VecDeque::new(),
             side: 0,
+            recordings: Recordings::default(),
+            spare_block: 0,
             allocated: Allocated {
                 workspace: workspace as u64,
                 ..Allocated::default()

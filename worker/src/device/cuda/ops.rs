@@ -248,6 +248,14 @@ impl Device for CudaDevice {
                 shape.block_tokens
             )));
         }
+        let spare = shape.n_blocks.checked_mul(shape.block_tokens);
+        if spare.is_none_or(|place| u32::try_from(place).is_err()) {
+            return Err(DeviceError::Cuda(format!(
+                "{} blocks of {} tokens are too many to be numbered; lower the memory for keys and values",
+                shape.n_blocks, shape.block_tokens
+            )));
+        }
+        self.spare_block = shape.n_blocks as u32;
         let bytes = 2 * shape.n_layers * Kv::half_bytes(&shape);
         let memory = self.gpu.alloc(bytes, "keys and values")?;
         self.allocated.kv += bytes as u64;
@@ -269,25 +277,9 @@ impl Device for CudaDevice {
         half: usize,
     ) -> Result<CudaStep, DeviceError> {
         let side = self.take_side();
-        let uploaded = self.uploads.upload(&self.gpu, &meta, side)?;
-        let step = CudaStep {
-            meta,
-            side,
-            on_gpu: uploaded.arrays,
-            n_single: uploaded.n_single,
-            n_tiles: uploaded.n_tiles,
-            longest: uploaded.longest,
-        };
-        assert_eq!(half, self.spec.heads.dim / 2);
-        let mut arguments = [
-            (&self.turns).into(),
-            (&inv_freq.memory).into(),
-            step.on_gpu.positions.into(),
-            (half as u32).into(),
-        ];
-        // SAFETY: the parameters of `turns`; there is room for the largest step.
-        unsafe { self.row_blocks(&self.kernels.turns, &step, &mut arguments)? };
-        Ok(step)
+        let layout = self.recorded_layout(&meta);
+        let uploaded = self.uploads.upload(&self.gpu, &meta, side, layout)?;
+        Ok(self.step(meta, side, uploaded, (inv_freq.memory.address, half)))
     }
 
     fn embed_norm(
@@ -301,6 +293,15 @@ impl Device for CudaDevice {
     ) -> Result<(), DeviceError> {
         let mine = split.range(self.spec.shard.rank);
         assert!(table.outs == mine.len() && table.ins == residual.width);
+        let (inv_freq, half) = step.inv_freq;
+        let mut arguments = [
+            (&self.turns).into(),
+            inv_freq.into(),
+            step.on_gpu.positions.into(),
+            (half as u32).into(),
+        ];
+        // SAFETY: the parameters of `turns`; there is room for the largest step.
+        unsafe { self.row_blocks(&self.kernels.turns, step, &mut arguments)? };
         let mut arguments = [
             (&residual.memory).into(),
             (&table.memory).into(),
@@ -447,15 +448,46 @@ impl Device for CudaDevice {
         self.add_norm(step, Some(partial), norm, residual, normed)
     }
 
-    fn head_sample(
+    fn recordable(&self) -> Vec<usize> {
+        self.sizes()
+    }
+
+    fn record(
         &mut self,
-        step: CudaStep,
+        rows: usize,
+        rotary: (&Vector, usize),
+        pass: impl FnMut(&mut Self, &CudaStep) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        self.record_pass(rows, rotary, pass)
+    }
+
+    fn replay(&mut self, step: &CudaStep) -> Result<bool, DeviceError> {
+        self.replay_pass(step)
+    }
+
+    fn head(
+        &mut self,
+        step: &CudaStep,
         residual: &Rows,
         normed: &Rows,
         head: &Matrix,
         split: &VocabSplit,
     ) -> Result<(), DeviceError> {
-        self.sample(step, residual, normed, head, split)
+        assert_eq!(head.outs, split.range(self.spec.shard.rank).len());
+        self.fingerprint(step, residual)?;
+        let n = step.n_asks.min(self.head.batch());
+        self.logits(step, 0, n, normed, head)
+    }
+
+    fn head_sample(
+        &mut self,
+        step: CudaStep,
+        _residual: &Rows,
+        normed: &Rows,
+        head: &Matrix,
+        split: &VocabSplit,
+    ) -> Result<(), DeviceError> {
+        self.sample(&step, normed, head, split)
     }
 
     fn land(&mut self) -> Result<Option<Landed>, DeviceError> {
