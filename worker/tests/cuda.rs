@@ -53,10 +53,14 @@ fn spec(machine: Machine) -> GroupSpec {
 
 /// A model of formula weights whose attention looks at few positions.
 fn dummy(heads: usize, kv_heads: usize, dim: usize) -> Weights {
+    dummy_of(heads, kv_heads, dim, 2048)
+}
+
+fn dummy_of(heads: usize, kv_heads: usize, dim: usize, vocab: usize) -> Weights {
     let text = format!(
         r#"{{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 512,
             "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": {heads},
-            "num_key_value_heads": {kv_heads}, "head_dim": {dim}, "vocab_size": 2048,
+            "num_key_value_heads": {kv_heads}, "head_dim": {dim}, "vocab_size": {vocab},
             "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
             "rope_scaling": {{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 2048}}, "tie_word_embeddings": false}}"#
@@ -464,6 +468,154 @@ fn draws_follow_the_distribution() {
         );
         assert!(chi <= bound, "{name}");
     }
+}
+
+/// So many listed alternatives that the host's sampler answers, from logits that the GPU computed.
+const ASK_THE_SAMPLER: u32 = 200;
+
+/// Every way to choose a token, in company.
+fn ways(vocab: u32) -> Vec<SamplingParams> {
+    let greedy = SamplingParams::greedy();
+    let warm = |temperature| SamplingParams {
+        temperature,
+        ..greedy.clone()
+    };
+    let mut ways = vec![greedy.clone(), warm(0.3), warm(1.0), warm(3.0)];
+    for (top_k, top_p, min_p) in [
+        (1, 1.0, 0.0),
+        (5, 1.0, 0.0),
+        (50, 0.9, 0.0),
+        (0, 0.9, 0.0),
+        (0, 0.5, 0.0),
+        (0, 0.0, 0.0),
+        (0, 0.999, 0.0),
+        (0, 1.0, 0.2),
+        (40, 0.95, 0.05),
+        (vocab - 1, 0.99, 0.0),
+    ] {
+        ways.push(SamplingParams {
+            top_k,
+            top_p,
+            min_p,
+            ..warm(1.3)
+        });
+    }
+    for (repetition_penalty, frequency_penalty, presence_penalty) in [
+        (1.5, 0.0, 0.0),
+        (0.8, 0.0, 0.0),
+        (1.0, 0.7, 0.0),
+        (1.0, 0.0, 1.1),
+        (1.2, 0.3, -0.4),
+    ] {
+        for temperature in [0.0, 0.9] {
+            ways.push(SamplingParams {
+                repetition_penalty,
+                frequency_penalty,
+                presence_penalty,
+                ..warm(temperature)
+            });
+        }
+    }
+    ways.push(SamplingParams {
+        logit_bias: (0..40).map(|i| (i * 7 % vocab, 4.0 - i as f32 / 4.0)).collect(),
+        top_p: 0.8,
+        ..warm(1.0)
+    });
+    ways.push(SamplingParams {
+        min_tokens: 6,
+        stop_ids: (0..vocab / 2).collect(),
+        ..greedy
+    });
+    ways
+}
+
+/// The GPU draws the tokens that the sampler draws from the same logits, and scores them alike.
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn draws_are_those_of_the_sampler() {
+    for vocab in [2048, 50_257] {
+        let run = |n_top: u32| {
+            let spec = GroupSpec {
+                max_running: 64,
+                ..spec(Machine::Cuda)
+            };
+            let group = start(dummy_of(4, 1, 128, vocab), spec.clone());
+            let mut engine = Engine::of(group, spec, false);
+            let ways = ways(vocab as u32);
+            let requests: Vec<Request> = (0..3 * ways.len() as u64)
+                .map(|i| Request {
+                    // Few tokens, so that penalties find what they count.
+                    prompt: ids(i, 4 + 13 * (i as usize % 20), 30),
+                    max_tokens: 24,
+                    params: SamplingParams {
+                        seed: i,
+                        logprobs: Some(n_top),
+                        prompt_logprobs: (i % 4 == 0).then_some(n_top),
+                        ..ways[i as usize % ways.len()].clone()
+                    },
+                })
+                .collect();
+            engine.run(&requests, 1)
+        };
+        let (own, samplers) = (run(5), run(ASK_THE_SAMPLER));
+        let mut n = 0;
+        for (i, (own, sampler)) in own.iter().zip(&samplers).enumerate() {
+            assert_eq!(own.tokens, sampler.tokens, "request {i}");
+            let scores = |outcome: &Outcome| [&outcome.prompt_scores[..], &outcome.scores].concat();
+            assert_eq!(scores(own).len(), scores(sampler).len());
+            for (a, b) in scores(own).iter().zip(&scores(sampler)) {
+                assert_eq!((a.token, a.rank), (b.token, b.rank), "request {i}");
+                assert!((a.logprob - b.logprob).abs() < 1e-5, "request {i}: {a:?} {b:?}");
+                let ids = |top: &[(u32, f32)]| top.iter().map(|entry| entry.0).collect::<Vec<_>>();
+                assert_eq!(ids(&a.top), ids(&b.top[..5]), "request {i}");
+                n += 1;
+            }
+        }
+        println!("{vocab} tokens: {n} choices and scores of the GPU are the sampler's");
+    }
+}
+
+/// Without scores tokens take another way to the host, and are the same.
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn scores_change_no_token_and_preemption_counts_anew() {
+    let run = |logprobs, n_blocks| {
+        let spec = GroupSpec {
+            n_blocks,
+            ..spec(Machine::Cuda)
+        };
+        let mut engine = Engine::of(start(dummy(4, 1, 128), spec.clone()), spec, false);
+        let requests: Vec<Request> = (0..8)
+            .map(|i| Request {
+                prompt: ids(50 + i, 200, 40),
+                max_tokens: 120,
+                params: SamplingParams {
+                    temperature: 0.8,
+                    seed: i,
+                    repetition_penalty: 1.3,
+                    presence_penalty: 0.2,
+                    logprobs,
+                    ..SamplingParams::greedy()
+                },
+            })
+            .collect();
+        let outcomes = engine.run(&requests, 0);
+        let tokens: Vec<Vec<u32>> = outcomes.into_iter().map(|outcome| outcome.tokens).collect();
+        (tokens, engine.scheduler.load().preemptions)
+    };
+    let (scored, _) = run(Some(2), 2048);
+    let (plain, none) = run(None, 2048);
+    assert_eq!((scored, none), (plain.clone(), 0));
+    let (crowded, some) = run(None, 90);
+    assert!(some > 0, "so little memory that sequences were preempted");
+    // Computed again in other steps, a row's last bits differ, so not every draw needs to be the same.
+    let same = |a: &[u32], b: &[u32]| a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    let kept: usize = plain.iter().zip(&crowded).map(|(a, b)| same(a, b)).sum();
+    println!(
+        "{some} preemptions: {kept} of {} drawn tokens before any differs",
+        8 * 120
+    );
+    assert!(kept > 8 * 60);
 }
 
 /// Log-probabilities of the second half of a text, computed in two steps; the second step's block table goes through

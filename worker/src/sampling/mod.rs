@@ -5,12 +5,14 @@
 //! penalties, ban of early stops, temperature, top-k, top-p, min-p, draw. Scores are of the raw logits.
 
 mod filter;
+mod on_device;
 mod params;
 mod philox;
 mod sampler;
 mod score;
 
+pub use on_device::{Choice, Draw};
 pub use params::SamplingParams;
-pub use philox::{philox4x32_10, uniform};
+pub use philox::{philox4x32_10, uniform, uniform_bits};
 pub use sampler::{BadLogits, Sampler};
 pub use score::{LogSoftmax, TokenScore};

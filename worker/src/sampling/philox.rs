@@ -26,9 +26,13 @@ pub fn philox4x32_10(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
 
 /// A number in `[0, 1)` with 53 random bits, for the token at `position` of a sequence (prompt tokens count).
 pub fn uniform(seed: u64, candidate: u32, position: u32) -> f64 {
+    uniform_bits(seed, candidate, position) as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+/// The 53 bits of [`uniform`].
+pub fn uniform_bits(seed: u64, candidate: u32, position: u32) -> u64 {
     let words = philox4x32_10([seed as u32, (seed >> 32) as u32], [position, candidate, 0, 0]);
-    let bits = (u64::from(words[0]) << 32 | u64::from(words[1])) >> 11;
-    bits as f64 * (1.0 / (1u64 << 53) as f64)
+    (u64::from(words[0]) << 32 | u64::from(words[1])) >> 11
 }
 
 #[cfg(test)]

@@ -55,6 +55,16 @@ impl Sampler {
         sampler
     }
 
+    /// What the sequence asked for.
+    pub fn params(&self) -> &SamplingParams {
+        &self.params
+    }
+
+    /// Tokens generated before token `index`, with the resumed ones.
+    pub(super) fn generated(&self, index: u32) -> &[u32] {
+        &self.output[..(self.counted(index) as usize).min(self.output.len())]
+    }
+
     /// The prompt's tokens.
     pub fn prompt(&self) -> &[u32] {
         &self.prompt
@@ -184,21 +194,34 @@ impl Sampler {
 
     /// Leaves the row alone if nothing but stop tokens could be generated, as at a grammar's end.
     fn ban_early_stops(&self, row: &mut [f32], index: u32) {
-        if index >= self.params.min_tokens {
+        let stops = self.banned_counted(index, row.len());
+        if stops.is_empty() {
             return;
         }
-        let stops: HashSet<u32> = self
-            .params
-            .stop_ids
-            .iter()
-            .copied()
-            .filter(|&id| (id as usize) < row.len())
-            .collect();
         let others = || (0..).zip(row.iter()).filter(|(id, _)| !stops.contains(id));
         if others().any(|(_, logit)| logit.is_finite()) {
             for id in stops {
                 row[id as usize] = f32::NEG_INFINITY;
             }
+        }
+    }
+
+    /// Tokens that generated token `index` must not be.
+    pub(super) fn banned(&self, index: u32, n_vocab: usize) -> HashSet<u32> {
+        self.banned_counted(self.counted(index), n_vocab)
+    }
+
+    /// None if nothing but stop tokens could be generated.
+    fn banned_counted(&self, index: u32, n_vocab: usize) -> HashSet<u32> {
+        if index >= self.params.min_tokens {
+            return HashSet::new();
+        }
+        let stops = self.params.stop_ids.iter().copied();
+        let stops: HashSet<u32> = stops.filter(|&id| (id as usize) < n_vocab).collect();
+        if stops.len() < n_vocab {
+            stops
+        } else {
+            HashSet::new()
         }
     }
 

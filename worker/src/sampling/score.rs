@@ -54,7 +54,12 @@ impl<'a> LogSoftmax<'a> {
     }
 
     fn logprob(&self, logit: f32) -> f32 {
-        (f64::from(logit - self.max) - self.log_sum) as f32
+        Self::logprob_of(logit, self.max, self.log_sum)
+    }
+
+    /// Of a logit in a row with this largest logit and this logarithm of the sum of exponentials relative to it.
+    pub fn logprob_of(logit: f32, max: f32, log_sum: f64) -> f32 {
+        (f64::from(logit - max) - log_sum) as f32
     }
 }
 

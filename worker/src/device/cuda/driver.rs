@@ -255,8 +255,14 @@ impl Gpu {
 
     /// Fills an allocation with zero bytes, in the stream's order.
     pub(super) fn clear(&self, memory: &Memory) -> Result<(), DeviceError> {
-        // SAFETY: the range is the allocation.
-        let code = unsafe { (self.driver.set_bytes)(memory.address, 0, memory.bytes, self.stream) };
+        self.clear_part(memory, 0, memory.bytes)
+    }
+
+    /// Fills part of an allocation with zero bytes, in the stream's order.
+    pub(super) fn clear_part(&self, memory: &Memory, from: usize, bytes: usize) -> Result<(), DeviceError> {
+        memory.at(from + bytes); // is within
+        // SAFETY: the range is within the allocation.
+        let code = unsafe { (self.driver.set_bytes)(memory.at(from), 0, bytes, self.stream) };
         self.check(code, "cuMemsetD8Async")
     }
 

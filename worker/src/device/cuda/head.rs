@@ -2,16 +2,21 @@
 //!
 //! The likeliest token of every asked row is found on the GPU, kept there for the next step, and costs the host eight
 //! bytes, which it reads when the step has landed. Rows whose sampler wants more than that (a temperature, penalties,
-//! log-probabilities) come out as logits, 64 at a time, and go through the sampler itself, on as many threads as the
-//! machine has; their tokens go back to the GPU before the next step begins.
+//! log-probabilities) are drawn and scored after it, see `draws.rs`. Few want what there is no room for: they come out as
+//! logits, 64 at a time, and go through the sampler itself, on as many threads as the machine has; their tokens go back
+//! to the GPU before the next step begins.
 
-use std::sync::{Arc, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Arc, PoisonError},
+};
 
 use rayon::prelude::*;
 
 use super::{
     BF16, CudaDevice, CudaSpec, CudaStep, F32, Matrix, Rows,
     blas::{Operands, Out, Shape, size},
+    draws::Plan,
     driver::{Arg, Event, Gpu, Memory, Pinned},
 };
 use crate::{
@@ -25,7 +30,9 @@ use crate::{
 /// Rows of logits that are computed at a time, at most.
 const BATCH_MAX: usize = 256;
 /// Blocks that search one row of logits.
-const PARTS: usize = 16;
+pub(super) const PARTS: usize = 16;
+/// So many listed alternatives are a sampler's work.
+pub(super) const HARD_TOP_MIN: usize = 129;
 /// A logit and its token in one number, as `head.cu` makes it.
 const BEST: usize = size_of::<u64>();
 /// That the logits of a row are not finite numbers.
@@ -60,13 +67,12 @@ struct Side {
 pub(super) struct Flight {
     meta: Arc<StepMeta>,
     side: usize,
-    /// Asks that samplers have answered, in ascending order.
-    hard: Vec<usize>,
-    /// This rank's answers to them.
+    plan: Plan,
+    /// This rank's answers to asks that samplers have answered.
     answered: Vec<HeadOut>,
 }
 
-fn batch(spec: &CudaSpec) -> usize {
+pub(super) fn batch(spec: &CudaSpec) -> usize {
     spec.max_running.clamp(HEAD_ROWS, BATCH_MAX)
 }
 
@@ -105,6 +111,11 @@ impl Head {
     /// Rows of logits that are computed at a time.
     pub(super) fn batch(&self) -> usize {
         self.batch
+    }
+
+    /// Logits of the batch that was computed last.
+    pub(super) fn logits(&self) -> &Memory {
+        &self.logits
     }
 
     /// Where the last sampled token of each slot is.
@@ -146,16 +157,14 @@ fn is_finite(best: u64) -> bool {
     best != NOT_FINITE && best >> 32 > MINUS_INFINITY
 }
 
-fn locked(ask: &HeadAsk) -> std::sync::MutexGuard<'_, Sampler> {
+pub(super) fn locked(ask: &HeadAsk) -> std::sync::MutexGuard<'_, Sampler> {
     ask.sampler.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether the likeliest token answers an ask.
-fn is_plain(ask: &HeadAsk) -> bool {
-    match ask.what {
-        HeadUse::Sample { index, .. } => locked(ask).is_plain(index),
-        HeadUse::Score => false,
-    }
+/// Those of ascending numbers that are in a range.
+fn within<T>(items: &[T], number: impl Fn(&T) -> usize, range: Range<usize>) -> Range<usize> {
+    let start = items.partition_point(|item| number(item) < range.start);
+    start..start + items[start..].partition_point(|item| number(item) < range.end)
 }
 
 impl CudaDevice {
@@ -168,27 +177,30 @@ impl CudaDevice {
         split: &VocabSplit,
     ) -> Result<(), DeviceError> {
         let (meta, side) = (Arc::clone(&step.meta), step.side);
-        let (mut hard, mut answered) = (Vec::new(), Vec::new());
+        let plan = self.plan_draws(&meta, side)?;
+        let mut answered = Vec::new();
         for (n, batch) in meta.asks.chunks(self.head.batch).enumerate() {
-            let first = n * self.head.batch;
+            let (first, past) = (n * self.head.batch, n * self.head.batch + batch.len());
             if n > 0 {
                 self.logits(step, first, batch.len(), normed, head)?;
             }
-            let to = &mut self.head.sides[side].best[first..first + batch.len()];
+            let to = &mut self.head.sides[side].best[first..past];
             self.gpu.copy_out(to, self.head.best.address)?;
-            let some: Vec<usize> = (0..batch.len()).filter(|&i| !is_plain(&batch[i])).collect();
-            if !some.is_empty() {
+            self.draw_rows(within(&plan.drawn, |drawn| drawn.ask, first..past), batch.len())?;
+            let hard = &plan.hard[within(&plan.hard, |&ask| ask, first..past)];
+            if !hard.is_empty() {
                 // Samplers learn what came before first.
                 self.land_all()?;
             }
-            for some in some.chunks(HEAD_ROWS) {
-                answered.extend(self.ask_samplers(batch, first, some, split, head.outs)?);
+            for some in hard.chunks(HEAD_ROWS) {
+                let some: Vec<usize> = some.iter().map(|ask| ask - first).collect();
+                answered.extend(self.ask_samplers(batch, first, &some, split, head.outs)?);
             }
-            hard.extend(some.iter().map(|i| first + i));
         }
-        if !hard.is_empty() {
-            self.keep_tokens(&meta.asks, &hard, &answered)?;
+        if !plan.hard.is_empty() {
+            self.keep_tokens(&meta.asks, &plan.hard, &answered)?;
         }
+        self.fetch_draws(&plan, side)?;
         if self.comm.is_some() {
             let side = &mut self.head.sides[side];
             self.gpu.copy_out(&mut side.hash, self.head.hash.address)?;
@@ -197,7 +209,7 @@ impl CudaDevice {
         self.flights.push_back(Flight {
             meta,
             side,
-            hard,
+            plan,
             answered,
         });
         Ok(())
@@ -219,7 +231,7 @@ impl CudaDevice {
     }
 
     /// Waits for all queued steps.
-    fn land_all(&mut self) -> Result<(), DeviceError> {
+    pub(super) fn land_all(&mut self) -> Result<(), DeviceError> {
         while let Some(flight) = self.flights.pop_front() {
             self.await_event(&self.head.sides[flight.side].done)?;
             let landed = self.read(flight)?;
@@ -319,32 +331,35 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// Reads a step that is done. Every rank knows all likeliest tokens; each sequence's sampler is told by one of them,
-    /// always the same, so that it learns them in order.
+    /// Reads a step that is done. Every rank knows all tokens but those that samplers answered; each sequence's sampler is
+    /// told by one rank, always the same, so that it learns them in order.
     fn read(&self, flight: Flight) -> Result<Landed, DeviceError> {
         let (rank, n_ranks) = (self.spec.shard.rank, self.spec.shard.of);
         let side = &self.head.sides[flight.side];
         let mut outs = flight.answered;
+        let mut drawn = flight.plan.drawn.iter().enumerate().peekable();
+        let mut hard = flight.plan.hard.iter().peekable();
         for (i, ask) in flight.meta.asks.iter().enumerate() {
-            let (HeadUse::Sample { index, .. }, Err(_)) = (ask.what, flight.hard.binary_search(&i)) else {
+            if hard.next_if(|&&hard| hard == i).is_some() {
                 continue;
-            };
-            let best = side.best[i];
-            if !is_finite(best) {
-                return Err(DeviceError::NotFinite {
-                    seq: ask.seq.0,
-                    position: ask.position,
-                });
             }
-            if ask.seq.0 as usize % n_ranks == rank {
-                locked(ask).take(index, token(best));
+            let (token, score) = match drawn.next_if(|(_, drawn)| drawn.ask == i) {
+                Some((at, drawn)) => self.draws.read(flight.side, at, drawn, ask)?,
+                None if is_finite(side.best[i]) => (token(side.best[i]), None),
+                None => {
+                    return Err(DeviceError::NotFinite {
+                        seq: ask.seq.0,
+                        position: ask.position,
+                    });
+                }
+            };
+            if let HeadUse::Sample { index, .. } = ask.what
+                && ask.seq.0 as usize % n_ranks == rank
+            {
+                locked(ask).take(index, token);
             }
             if i % n_ranks == rank {
-                outs.push(HeadOut {
-                    ask: i,
-                    token: token(best),
-                    score: None,
-                });
+                outs.push(HeadOut { ask: i, token, score });
             }
         }
         Ok(Landed {

@@ -32,8 +32,16 @@ macro_rules! sources {
 }
 
 /// All files of kernels.
-pub(super) const SOURCES: &[SourceFile] =
-    sources!["attention", "embed", "fill", "head", "norm", "prefill", "rope"];
+pub(super) const SOURCES: &[SourceFile] = sources![
+    "attention",
+    "embed",
+    "fill",
+    "head",
+    "norm",
+    "prefill",
+    "rope",
+    "sample"
+];
 
 /// Where an image keeps kernels that were made ahead.
 const INSTALLED: &str = "/usr/share/swallow/kernels";

@@ -2,12 +2,13 @@
 //!
 //! Matrix products are cuBLASLt's, sums over ranks NCCL's, everything else kernels of this repository. A step is a
 //! sequence of launches on one stream after one copy of metadata, and nothing in it waits for the host: sampled ids stay
-//! on the GPU for the next step, and a copy of them is on its way. The likeliest token is found on the GPU; rows that
-//! want more of a sampler are sampled by the host from their logits, with the code of the CPU device, so both draw the
-//! same tokens from the same logits. A step with such a row waits for the host once.
+//! on the GPU for the next step, and a copy of them is on its way. Tokens are drawn and scored on the GPU; rows that want
+//! more than there is room for are sampled by the host from their logits, with the code of the CPU device. A step with
+//! such a row waits for the host once.
 
 mod attention;
 mod blas;
+mod draws;
 mod driver;
 mod head;
 mod kernels;
@@ -25,6 +26,7 @@ use std::{collections::VecDeque, sync::Arc};
 use self::{
     attention::Attention,
     blas::Blas,
+    draws::Draws,
     driver::{Event, Gpu, Memory},
     head::{Flight, Head},
     load::Staging,
@@ -100,6 +102,7 @@ pub struct CudaDevice {
     uploads: Uploads,
     attention: Attention,
     head: Head,
+    draws: Draws,
     recordings: Recordings,
     /// The block that rows without meaning write to.
     spare_block: u32,
@@ -202,10 +205,15 @@ impl CudaDevice {
         let uploads = Uploads::new(&gpu, &spec)?;
         let attention = Attention::new(&gpu, &spec)?;
         let head = Head::new(&gpu, &spec)?;
+        let draws = Draws::new(&gpu, &spec)?;
         let staging = Staging::new(&gpu)?;
         let turns = gpu.alloc(turns_bytes(&spec), "rotary embedding")?;
-        let workspace =
-            blas::WORKSPACE_BYTES + turns.bytes + uploads.bytes() + attention.bytes() + head.bytes();
+        let workspace = blas::WORKSPACE_BYTES
+            + turns.bytes
+            + uploads.bytes()
+            + attention.bytes()
+            + head.bytes()
+            + draws.bytes();
         tracing::info!(
             rank,
             gpu = gpu.name,
@@ -240,6 +248,7 @@ impl CudaDevice {
             uploads,
             attention,
             head,
+            draws,
         })
     }
 
@@ -295,7 +304,8 @@ pub fn workspace_bytes(spec: &CudaSpec, inner: usize) -> u64 {
         + turns_bytes(spec)
         + upload::planned_bytes(spec)
         + attention::planned_bytes(spec)
-        + head::planned_bytes(spec);
+        + head::planned_bytes(spec)
+        + draws::planned_bytes(spec);
     (activations + others) as u64
 }
 

@@ -41,6 +41,9 @@ pub(super) struct Kernels {
     pub(super) argmax_parts: Kernel,
     pub(super) argmax_merge: Kernel,
     pub(super) fingerprint: Kernel,
+    pub(super) survey_rows: Kernel,
+    pub(super) sample_rows: Kernel,
+    pub(super) count_tokens: Kernel,
 }
 
 impl Kernels {
@@ -86,6 +89,9 @@ impl Kernels {
             argmax_parts: kernel("head", "argmax_parts", 0)?,
             argmax_merge: kernel("head", "argmax_merge", 0)?,
             fingerprint: kernel("head", "fingerprint", 0)?,
+            survey_rows: kernel("sample", "survey_rows", 0)?,
+            sample_rows: kernel("sample", "sample_rows", 0)?,
+            count_tokens: kernel("sample", "count_tokens", 0)?,
         })
     }
 
