@@ -353,6 +353,11 @@ impl CudaDevice {
         let mut plan = Plan::default();
         let even = is_even(&self.spec);
         for (i, ask) in meta.asks.iter().enumerate() {
+            if matches!(ask.what, HeadUse::Sample { .. }) && locked(ask).params().grammar.is_some() {
+                // Only the sampler knows which tokens may come.
+                plan.hard.push(i);
+                continue;
+            }
             let Some(what) = what(ask, self.spec.split.n_vocab()) else {
                 continue;
             };
