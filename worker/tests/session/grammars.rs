@@ -27,7 +27,7 @@ async fn worker() -> Worker {
     {
         file.bytes = tokenizer.clone().into();
     }
-    let runner = Fake::new(controls.clone());
+    let runner = Fake::new(controls.clone(), 1);
     let load = move |_: &_| {
         Ok(Loaded {
             runner,
