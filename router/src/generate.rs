@@ -282,6 +282,20 @@ fn render(entry: &ModelEntry, text: &ModelText, chat: &Chat, metrics: &Metrics) 
             return Err(Invalid::unsupported("messages", why).into());
         }
     };
+    let has_calls = |message: &serde_json::Value| message.get("tool_calls").is_some();
+    if chat.messages.iter().any(has_calls) && !template.shows_calls() {
+        let why = "have tool_calls, which the model's chat template does not show";
+        return Err(Invalid::unsupported("messages", why).into());
+    }
+    for name in ["tools", "documents"] {
+        if chat.args.contains_key(name) && !template.reads(name) {
+            let why = format!(
+                "the model's chat template does not read {name}; give the model's folder a \
+                               chat_template.jinja that does"
+            );
+            return Err(Invalid::unsupported(name, why).into());
+        }
+    }
     let conversation = Conversation {
         messages: &chat.messages,
         add_generation_prompt: chat.add_generation_prompt,
@@ -350,6 +364,7 @@ fn prepared(
     }
     let wording = Wording {
         skip_special: request.skip_special,
+        shown: request.shown.and_then(|token| text.tokenizer.added_token(token)),
         include_stop: stop.include,
         min_tokens: stop.min_tokens,
         stops: StopSet::new(stop.strings),

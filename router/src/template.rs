@@ -8,7 +8,7 @@ mod context;
 mod json;
 mod python;
 
-use std::{error::Error as _, fmt};
+use std::{collections::HashSet, error::Error as _, fmt};
 
 use jiff::Zoned;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, syntax::SyntaxConfig};
@@ -41,6 +41,9 @@ const NAME: &str = "chat_template";
 /// A compiled chat template.
 pub struct ChatTemplate {
     env: Environment<'static>,
+    /// Variables that it names and does not set itself.
+    reads: HashSet<String>,
+    shows_calls: bool,
 }
 
 impl fmt::Debug for ChatTemplate {
@@ -67,7 +70,26 @@ impl ChatTemplate {
         env.add_function("raise_exception", raise_exception);
         env.add_template_owned(NAME, without_generation_marks(source))
             .map_err(compile)?;
-        Ok(Self { env })
+        let reads = env
+            .get_template(NAME)
+            .map_err(compile)?
+            .undeclared_variables(false);
+        let shows_calls = source.contains("tool_calls");
+        Ok(Self {
+            env,
+            reads,
+            shows_calls,
+        })
+    }
+
+    /// Whether it makes use of the calls that a message may have.
+    pub fn shows_calls(&self) -> bool {
+        self.shows_calls
+    }
+
+    /// Whether it makes use of a variable.
+    pub fn reads(&self, variable: &str) -> bool {
+        self.reads.contains(variable)
     }
 
     /// The conversation as the text that the model continues.

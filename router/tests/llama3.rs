@@ -210,6 +210,7 @@ fn japanese_streams_in_whole_characters() {
     );
     let wording = Wording {
         skip_special: true,
+        shown: None,
         include_stop: false,
         min_tokens: 0,
         stops: StopSet::new(vec![]),

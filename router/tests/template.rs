@@ -248,3 +248,19 @@ fn rendering_is_bounded() {
     }
     assert!(render_with("{{ x | tojson }}", json!([]), json!({ "x": x })).is_err());
 }
+
+#[test]
+fn what_a_template_reads_is_known() {
+    let reads = |source: &str| ChatTemplate::compile(source).expect(source).reads("tools");
+    assert!(reads(
+        "{% if tools is defined and tools is not none %}x{% endif %}"
+    ));
+    assert!(reads(
+        "{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}\
+         {%- if not tools is defined %}{%- set tools = none %}{%- endif %}{%- for t in tools %}{{ t }}{%- endfor %}"
+    ));
+    assert!(!reads("{% for m in messages %}{{ m.tools }}{% endfor %}tools"));
+    assert!(!reads("{% set tools = [] %}{{ tools }}"));
+    let shows = |source: &str| ChatTemplate::compile(source).expect(source).shows_calls();
+    assert!(shows("{{ messages[0].tool_calls }}") && !shows("{{ messages }}"));
+}

@@ -122,6 +122,7 @@ fn transcript(wording: Wording) -> Transcript {
 fn wording(stops: &[&str]) -> Wording {
     Wording {
         skip_special: true,
+        shown: None,
         include_stop: false,
         min_tokens: 0,
         stops: StopSet::new(stops.iter().map(ToString::to_string).collect()),
@@ -151,9 +152,15 @@ fn control_tokens_are_left_out_and_stop_strings_match_across_tokens() {
     assert_eq!(say(&mut spoken, bytes("?x語!y")), ("語?x".into(), Some(0)));
     let mut spoken = transcript(Wording {
         skip_special: false,
+        shown: None,
         ..wording(&[])
     });
     assert_eq!(say(&mut spoken, [b'a'.into(), EOT, TOOL]).0, "a<|eot_id|><tool>");
+    let mut spoken = transcript(Wording {
+        shown: Some(EOT),
+        ..wording(&[])
+    });
+    assert_eq!(say(&mut spoken, [BOS, b'a'.into(), EOT]).0, "a<|eot_id|>");
 }
 
 #[test]
@@ -167,6 +174,7 @@ fn a_stop_token_is_shown_only_where_asked_for() {
         let mut spoken = transcript(Wording {
             include_stop,
             skip_special,
+            shown: None,
             ..wording(&["ax"])
         });
         let mut out = String::new();

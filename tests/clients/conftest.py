@@ -7,6 +7,7 @@ how the server works; it is started as the README says and stopped with SIGTERM.
 import importlib
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +79,11 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     tiny = MODEL.format(name="tiny", names='"tiny", "swallow-tiny"', path=FIXTURES / "tiny", tensor=2, replicas=2)
     odd = MODEL.format(name="odd", names='"odd"', path=FIXTURES / "odd", tensor=1, replicas=1)
-    (folder / "models.yaml").write_text(tiny + "---\n" + odd)
+    # The same weights with a chat template that knows functions: what an operator supplies beside a model.
+    shutil.copytree(FIXTURES / "tiny", folder / "caller")
+    shutil.copy(pathlib.Path(__file__).parent / "caller.jinja", folder / "caller" / "chat_template.jinja")
+    caller = MODEL.format(name="caller", names='"caller"', path=folder / "caller", tensor=1, replicas=1)
+    (folder / "models.yaml").write_text("---\n".join([tiny, odd, caller]))
     binary = pathlib.Path(os.environ["CARGO_TARGET_DIR"]) / "release" / "swallow-operator"
     log = open(folder / "stderr.log", "w")
     process = subprocess.Popen(

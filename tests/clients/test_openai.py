@@ -226,3 +226,58 @@ def test_what_cannot_be_compiled_is_a_bad_request(client, form, words):
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match=words):
             ask(client, ENGLISH, response_format=form, stream=stream)
+
+
+def function(name, **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {"type": "function", "function": {"name": name, "description": "It helps.", "parameters": parameters}}
+
+
+TOOLS = [
+    function("add", a={"type": "integer", "maximum": 99}, b={"$ref": "#/$defs/n"}),
+    function("weather", city={"enum": ["東京", "Paris"]}),
+]
+TOOLS[0]["function"]["parameters"]["$defs"] = {"n": {"type": "integer", "minimum": 0, "maximum": 99}}
+
+
+def check_call(call):
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "add":
+        assert set(arguments) == {"a", "b"} and all(isinstance(n, int) for n in arguments.values())
+    else:
+        assert call.function.name == "weather" and arguments["city"] in ("東京", "Paris")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_model_that_must_call_a_function_does(client, choice):
+    messages = [{"role": "user", "content": ENGLISH}]
+    common = {"model": "caller", "messages": messages, "tools": TOOLS, "tool_choice": choice, "temperature": 1, "seed": 2}
+    answer = client.chat.completions.create(n=3, max_tokens=300, **common)
+    for candidate in answer.choices:
+        assert candidate.finish_reason == "tool_calls" and candidate.message.content is None, candidate
+        (call,) = candidate.message.tool_calls
+        check_call(call)
+        assert choice == "required" or call.function.name == "weather"
+    pieces = [
+        chunk.choices[0].delta.tool_calls[0]
+        for chunk in client.chat.completions.create(stream=True, max_tokens=300, **common)
+        if chunk.choices[0].delta.tool_calls
+    ]
+    first = answer.choices[0].message.tool_calls[0].function
+    assert (pieces[0].id or "").startswith("call_") and pieces[0].function.name == first.name
+    assert "".join(piece.function.arguments for piece in pieces) == first.arguments
+    # And the conversation goes on with what the function gave.
+    messages += [answer.choices[0].message, {"role": "tool", "tool_call_id": "c", "content": "42"}]
+    more = client.chat.completions.create(model="caller", messages=messages, tools=TOOLS, temperature=0, max_tokens=20)
+    assert more.usage.prompt_tokens > answer.usage.prompt_tokens
+
+
+def test_a_model_that_may_call_a_function_answers_as_it_likes(client):
+    free = ask(client, ENGLISH)
+    messages = [{"role": "user", "content": ENGLISH}]
+    hidden = client.chat.completions.create(
+        model="caller", messages=messages, tools=TOOLS, tool_choice="none", temperature=0
+    )
+    assert hidden.choices[0].message.content == free.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="template does not read tools"):
+        ask(client, ENGLISH, tools=TOOLS)

@@ -160,6 +160,32 @@ fn what_is_complete_follows_its_grammar() {
 }
 
 #[test]
+fn white_space_comes_to_an_end() {
+    let model = Model::tiny();
+    let source = schema(&json!({"type": "array", "minItems": 2, "maxItems": 2, "items": {"const": 1}}));
+    let grammar = model.constraint(&source, &[]);
+    let mut sampler = Sampler::new(model.params(grammar, 1, 0), Arc::from([2]));
+    let space = model
+        .bytes
+        .iter()
+        .position(|token| token == b" ")
+        .expect("a token");
+    let mut text = String::new();
+    for at in 0..200 {
+        // It wants nothing but space.
+        let mut row = model.logits(1, at as usize);
+        row[space] = 50.0;
+        let token = sampler.sample(&mut row, at, at).expect("finite").0;
+        if model.eos.contains(&token) {
+            break;
+        }
+        text += std::str::from_utf8(&model.bytes[token as usize]).expect("ASCII");
+    }
+    assert_eq!(serde_json::from_str::<Value>(&text).expect(&text), json!([1, 1]));
+    assert!(text.len() > 100, "it wrote what it might: {text:?}");
+}
+
+#[test]
 fn another_replica_goes_on_with_the_same_tokens() {
     let model = Model::tiny();
     for source in [schema(&person()), Source::Regex("(春|夏){2,5}[0-9]+x?".into())] {

@@ -117,6 +117,8 @@ pub struct Request {
     pub candidates: u32,
     /// Leave control tokens out of the text.
     pub skip_special: bool,
+    /// But for the one of this text.
+    pub shown: Option<&'static str>,
     /// Cached prefixes are shared only under equal salts.
     pub cache_salt: String,
     /// Longest wait for a replica.

@@ -168,6 +168,7 @@ impl Common {
             )?,
             candidates: self.candidate_count.max(1),
             skip_special: true,
+            shown: None,
             cache_salt: policy.cache_salt,
             max_queue_wait: policy.max_queue_wait.map(wait).transpose()?,
             deadline,

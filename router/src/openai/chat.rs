@@ -11,9 +11,11 @@ use bytes::Bytes;
 use futures::Stream;
 use serde::Serialize;
 use serde_json::{Map, Value};
+use uuid::Uuid;
 
 use super::{
     Api, Asked,
+    calls::{Calls, Heard},
     error::Problem,
     fields::Fields,
     known::Page,
@@ -21,6 +23,7 @@ use super::{
     params::Common,
     render::{DONE, Head, StopReason, UsageAsked, UsageBody, ended, event, ids, one_event},
     sse,
+    tools::{Tools, earlier_calls},
 };
 use crate::{
     ask::Score,
@@ -40,6 +43,9 @@ struct Shape {
     ids_as_names: bool,
     token_ids: bool,
     usage: UsageAsked,
+    /// Functions that the answer may call, and how many of them at most.
+    callable: Vec<String>,
+    most_calls: usize,
 }
 
 /// A prompt's scores, by position.
@@ -73,9 +79,58 @@ struct Choice {
 #[derive(Serialize)]
 struct Message {
     role: &'static str,
-    content: String,
+    /// null where there are calls and nothing else.
+    content: Option<String>,
     /// Always null: no refusals are told apart from answers.
     refusal: Option<()>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall>,
+}
+
+#[derive(Serialize)]
+struct ToolCall {
+    /// In a stream: which of them, in every piece.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
+    /// In a stream: in the first piece, as is the name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: Function,
+}
+
+#[derive(Serialize)]
+struct Function {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    arguments: String,
+}
+
+impl ToolCall {
+    fn begun(name: String) -> Self {
+        Self {
+            index: None,
+            id: Some(format!("call_{}", Uuid::new_v4().simple())),
+            kind: Some("function"),
+            function: Function {
+                name: Some(name),
+                arguments: String::new(),
+            },
+        }
+    }
+
+    fn more(arguments: String) -> Self {
+        Self {
+            index: None,
+            id: None,
+            kind: None,
+            function: Function {
+                name: None,
+                arguments,
+            },
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -113,12 +168,20 @@ struct Delta {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[ToolCall; 1]>,
 }
 
 /// Answers a conversation. The call is taken where the response goes on after this returns.
 pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
     let mut fields = Fields::parse(Page::Chat, &asked.body)?;
-    let Parsed { common, top, chat } = Parsed::read(&mut fields)?;
+    let Parsed {
+        common,
+        top,
+        chat,
+        tools,
+        most_calls,
+    } = Parsed::read(&mut fields)?;
     let ignored = asked.parsed(api, fields.finish()?);
     let prompt_top = common.prompt_logprobs;
     let prepared = api
@@ -136,6 +199,8 @@ pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Re
         ids_as_names: common.ids_as_names,
         token_ids: common.token_ids,
         usage: common.usage,
+        callable: tools.callable().to_vec(),
+        most_calls,
     };
     let mut reply = api.door.start(prepared).await?;
     let response = if common.stream {
@@ -153,14 +218,26 @@ struct Parsed {
     common: Common,
     top: Option<u32>,
     chat: Chat,
+    tools: Tools,
+    most_calls: usize,
 }
 
 impl Parsed {
     fn read(fields: &mut Fields) -> Result<Self, Invalid> {
+        let mut common = Common::read(fields, Unasked::ContextEnd)?;
+        let mut tools = Tools::read(fields)?;
+        tools.choose(fields)?;
+        let mut chat = conversation(fields)?;
+        tools.show(&mut chat);
+        common.grammar = tools.grammar(common.grammar)?;
+        common.marks_calls = !tools.callable().is_empty();
+        let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
         Ok(Self {
-            common: Common::read(fields, Unasked::ContextEnd)?,
+            common,
             top: top(fields)?,
-            chat: conversation(fields)?,
+            chat,
+            tools,
+            most_calls: if parallel { usize::MAX } else { 1 },
         })
     }
 }
@@ -185,7 +262,11 @@ pub(super) fn conversation(fields: &mut Fields) -> Result<Chat, Invalid> {
             format!("must be a list of 1 to {MAX_MESSAGES} messages"),
         ));
     }
-    let args = fields.object("chat_template_kwargs")?.unwrap_or_default();
+    let mut args = fields.object("chat_template_kwargs")?.unwrap_or_default();
+    let documents = fields.array("documents")?.unwrap_or_default();
+    if !documents.is_empty() {
+        args.insert("documents".to_owned(), Value::Array(documents));
+    }
     if let Some(name) = ["messages", "add_generation_prompt"]
         .into_iter()
         .find(|name| args.contains_key(*name))
@@ -233,17 +314,25 @@ fn message(i: usize, value: Value) -> Result<Value, Invalid> {
             ));
         }
     }
-    for unserved in ["tool_calls", "function_call", "audio"] {
-        match message.remove(unserved) {
-            None | Some(Value::Null) => {}
-            Some(Value::Array(items)) if items.is_empty() => {}
-            Some(_) => {
-                return Err(Invalid::unsupported(
-                    field(unserved),
-                    "tool calls and audio are not supported",
-                ));
-            }
+    for (unserved, why) in [
+        ("function_call", "use tool_calls"),
+        ("audio", "only text goes in and out"),
+    ] {
+        if message
+            .shift_remove(unserved)
+            .is_some_and(|value| !value.is_null())
+        {
+            return Err(Invalid::unsupported(field(unserved), why));
         }
+    }
+    match message.shift_remove("tool_calls") {
+        None | Some(Value::Null) => {}
+        Some(Value::Array(calls)) if calls.is_empty() => {}
+        Some(Value::Array(calls)) => {
+            let calls = earlier_calls(&field("tool_calls"), calls)?;
+            message.insert("tool_calls".to_owned(), calls);
+        }
+        Some(_) => return Err(Invalid::new(field("tool_calls"), "must be a list")),
     }
     let content = match message.get("content") {
         None | Some(Value::Null) => String::new(),
@@ -287,6 +376,8 @@ async fn whole(shape: &Shape, reply: Reply) -> Result<Response, Problem> {
     let (scores, answers, usage) = reply.collect().await?;
     let choices = answers.into_iter().enumerate().map(|(index, answer)| {
         let (finish_reason, stop_reason) = ended(&answer.end);
+        let (content, tool_calls) = shape.spoken(answer.text);
+        let finish_reason = after_calls(finish_reason, tool_calls.len());
         Choice {
             index,
             token_ids: shape.token_ids.then(|| ids(&answer.tokens)),
@@ -295,8 +386,9 @@ async fn whole(shape: &Shape, reply: Reply) -> Result<Response, Problem> {
                 .map(|top| ChatLogprobs::new(naming, &answer.tokens, top)),
             message: Message {
                 role: "assistant",
-                content: answer.text,
+                content,
                 refusal: None,
+                tool_calls,
             },
             finish_reason,
             stop_reason,
@@ -323,12 +415,13 @@ fn stream(
     mut call: Option<Call>,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> {
     async_stream::stream! {
+        let mut calls = shape.calls(reply.candidates());
         let mut next: Result<_, Fault> = Ok(first);
         let code = loop {
             match next {
                 Ok(Some(piece)) => {
                     let mut out = Vec::new();
-                    shape.chunks(&mut out, &reply, piece);
+                    shape.chunks(&mut out, &reply, &mut calls, piece);
                     if !out.is_empty() {
                         yield Ok(Bytes::from(out));
                     }
@@ -351,6 +444,56 @@ fn stream(
         };
         if let Some(call) = &mut call {
             call.ended(code);
+        }
+    }
+}
+
+/// Where an answer ends by itself and has calls, it ended for them.
+fn after_calls(finish_reason: &'static str, n_calls: usize) -> &'static str {
+    if n_calls > 0 && finish_reason == "stop" {
+        "tool_calls"
+    } else {
+        finish_reason
+    }
+}
+
+/// What a piece of text becomes.
+fn deltas(calls: Option<&mut Calls>, text: String) -> Vec<Delta> {
+    match calls {
+        None if text.is_empty() => Vec::new(),
+        None => vec![Delta::text(text)],
+        Some(calls) => {
+            let n_calls = calls.n_calls();
+            as_deltas(n_calls, calls.push(&text))
+        }
+    }
+}
+
+/// `n_calls` came before.
+fn as_deltas(mut n_calls: usize, heard: Vec<Heard>) -> Vec<Delta> {
+    let delta = |what| {
+        let mut call = match what {
+            Heard::Text(text) => return Delta::text(text),
+            Heard::Call(name) => {
+                n_calls += 1;
+                ToolCall::begun(name)
+            }
+            Heard::Arguments(more) => ToolCall::more(more),
+        };
+        call.index = n_calls.checked_sub(1);
+        Delta {
+            tool_calls: Some([call]),
+            ..Delta::default()
+        }
+    };
+    heard.into_iter().map(delta).collect()
+}
+
+impl Delta {
+    fn text(text: String) -> Self {
+        Self {
+            content: Some(text),
+            ..Self::default()
         }
     }
 }
@@ -390,6 +533,7 @@ impl Shape {
             let delta = Delta {
                 role: Some("assistant"),
                 content: Some(String::new()),
+                tool_calls: None,
             };
             let usage = self.usage.in_chunk(|| UsageBody::new([reply.usage()]));
             let mut chunk = self.chunk(vec![ChunkChoice::of(index, delta)], usage);
@@ -408,7 +552,34 @@ impl Shape {
         }
     }
 
-    fn chunks(&self, out: &mut Vec<u8>, reply: &Reply, piece: Piece) {
+    /// What finds the calls of each candidate; nobody, where none can be called.
+    fn calls(&self, candidates: usize) -> Vec<Calls> {
+        let one = || Calls::new(&self.callable, self.most_calls);
+        let n = if self.callable.is_empty() { 0 } else { candidates };
+        (0..n).map(|_| one()).collect()
+    }
+
+    /// An answer's text, and its calls.
+    fn spoken(&self, text: String) -> (Option<String>, Vec<ToolCall>) {
+        let Some(calls) = &mut self.calls(1).pop() else {
+            return (Some(text), Vec::new());
+        };
+        let mut heard = calls.push(&text);
+        heard.extend(calls.finish());
+        let (mut content, mut found) = (String::new(), Vec::<ToolCall>::new());
+        for what in heard {
+            match (what, found.last_mut()) {
+                (Heard::Text(more), _) => content += &more,
+                (Heard::Call(name), _) => found.push(ToolCall::begun(name)),
+                (Heard::Arguments(more), Some(call)) => call.function.arguments += &more,
+                (Heard::Arguments(_), None) => unreachable!("a call begins with its name"),
+            }
+        }
+        let only_calls = content.is_empty() && !found.is_empty();
+        ((!only_calls).then_some(content), found)
+    }
+
+    fn chunks(&self, out: &mut Vec<u8>, reply: &Reply, calls: &mut [Calls], piece: Piece) {
         let usage = self.usage.in_chunk(|| UsageBody::new([reply.usage()]));
         let mut one = |choice: ChunkChoice| event(out, &self.chunk(vec![choice], usage));
         match piece {
@@ -423,21 +594,33 @@ impl Shape {
             } => {
                 let naming = self.naming(reply);
                 let logprobs = self.top.map(|top| ChatLogprobs::new(naming, &tokens, top));
-                if !text.is_empty() || logprobs.is_some() || self.token_ids {
-                    let delta = Delta {
-                        role: None,
-                        content: Some(text),
-                    };
+                let (mut logprobs, mut token_ids) = (logprobs, self.token_ids.then(|| ids(&tokens)));
+                for delta in deltas(calls.get_mut(candidate as usize), text) {
+                    one(ChunkChoice {
+                        logprobs: logprobs.take(),
+                        token_ids: token_ids.take(),
+                        ..ChunkChoice::of(candidate, delta)
+                    });
+                }
+                if logprobs.is_some() || token_ids.is_some() {
                     one(ChunkChoice {
                         logprobs,
-                        token_ids: self.token_ids.then(|| ids(&tokens)),
-                        ..ChunkChoice::of(candidate, delta)
+                        token_ids,
+                        ..ChunkChoice::of(candidate, Delta::text(String::new()))
                     });
                 }
             }
             Piece::Finished { candidate, end } => {
                 let (finish_reason, stop_reason) = ended(&end);
-                let finish_reason = Some(finish_reason);
+                let calls = calls.get_mut(candidate as usize);
+                let (left, n_calls) = calls.map_or_else(Default::default, |calls| {
+                    let (index, heard) = (calls.n_calls(), calls.finish());
+                    (as_deltas(index, heard), calls.n_calls())
+                });
+                for delta in left {
+                    one(ChunkChoice::of(candidate, delta));
+                }
+                let finish_reason = Some(after_calls(finish_reason, n_calls));
                 one(ChunkChoice {
                     finish_reason,
                     stop_reason,

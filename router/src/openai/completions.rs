@@ -404,6 +404,7 @@ impl Shape {
         }
         let wording = Wording {
             skip_special: self.skip_special,
+            shown: None,
             include_stop: false,
             min_tokens: 0,
             stops: StopSet::new(Vec::new()),

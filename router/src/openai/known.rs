@@ -104,7 +104,6 @@ const TEXTS: &[Page] = &[Page::Completions, Page::Tokenize];
 const TOKENS: &[Page] = &[Page::Tokenize];
 const BACK: &[Page] = &[Page::Detokenize];
 
-const TOOLS: &str = "tool calls are not supported";
 const TEXT_ONLY: &str = "only text goes in and out";
 const BEAMS: &str = "beam search is not supported";
 
@@ -178,7 +177,7 @@ const KNOWN: &[Known] = &[
     vllm(
         BOTH,
         "structured_outputs",
-        "one of `json`, `regex`, `choice`, `grammar`, `json_object`",
+        "one of `json`, `regex`, `choice`, `grammar`, `json_object`; between tokens of JSON at most 32 characters of space",
     ),
     vllm(BOTH, "guided_json", "older form of `structured_outputs.json`"),
     vllm(BOTH, "guided_regex", "older form of `structured_outputs.regex`"),
@@ -220,6 +219,26 @@ const KNOWN: &[Known] = &[
         "add_special_tokens",
         "absent: true for texts, false for conversations, whose template writes them",
     ),
+    openai(
+        CONVERSATIONS,
+        "tools",
+        "functions, at most 128, where the model's chat template reads `tools`; calls are read as Llama 3 writes them",
+    ),
+    openai(
+        CHAT,
+        "tool_choice",
+        "`none` hides the tools; `required` or a name binds the answer by a grammar",
+    ),
+    openai(
+        CHAT,
+        "parallel_tool_calls",
+        "false: calls after the first are dropped",
+    ),
+    vllm(
+        CONVERSATIONS,
+        "documents",
+        "where the model's chat template reads `documents`",
+    ),
     vllm(CONVERSATIONS, "add_generation_prompt", "absent: true"),
     vllm(
         CONVERSATIONS,
@@ -233,8 +252,6 @@ const KNOWN: &[Known] = &[
     ),
     vllm(TOKENS, "return_token_strs", "the tokens' texts too"),
     vllm(BACK, "tokens", "token ids"),
-    refused(CHAT, OpenAi, "tools", &[], TOOLS),
-    refused(CHAT, OpenAi, "tool_choice", &["\"none\""], TOOLS),
     refused(CHAT, OpenAi, "functions", &[], "superseded by `tools`"),
     refused(
         CHAT,
@@ -303,13 +320,6 @@ const KNOWN: &[Known] = &[
         "the model's own chat template is used",
     ),
     refused(
-        CONVERSATIONS,
-        Vllm,
-        "documents",
-        &[],
-        "pass what the template reads in chat_template_kwargs",
-    ),
-    refused(
         BOTH,
         Vllm,
         "truncate_prompt_tokens",
@@ -362,12 +372,6 @@ const KNOWN: &[Known] = &[
         "prefixes are kept while there is room",
     ),
     without_effect(BOTH, OpenAi, "safety_identifier", "nothing is kept by user"),
-    without_effect(
-        CHAT,
-        OpenAi,
-        "parallel_tool_calls",
-        "tool calls are not supported",
-    ),
     without_effect(
         CHAT,
         Vllm,

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{fields::Fields, format, render::UsageAsked};
+use super::{calls, fields::Fields, format, render::UsageAsked};
 use crate::{
     ask::{Grammar, Sampling},
     generate::{Input, Invalid, Request, Stop, Unasked},
@@ -21,6 +21,8 @@ pub(super) struct Common {
     pub cache_salt: String,
     pub prompt_logprobs: Option<u32>,
     pub grammar: Option<Grammar>,
+    /// The answer may have calls in it.
+    pub marks_calls: bool,
     /// Name tokens by id in log-probabilities.
     pub ids_as_names: bool,
     /// Token ids beside the text, of the prompt too.
@@ -41,6 +43,7 @@ impl Common {
             cache_salt: fields.string("cache_salt")?.unwrap_or_default(),
             prompt_logprobs: fields.count("prompt_logprobs")?,
             grammar: format::grammar(fields)?,
+            marks_calls: false,
             ids_as_names: fields.bool("return_tokens_as_token_ids")?.unwrap_or(false),
             token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
         })
@@ -63,6 +66,8 @@ impl Common {
             prompt_logprobs,
             candidates: self.n,
             skip_special: self.skip_special,
+            // Where calls are looked for, the token that marks them is text.
+            shown: self.marks_calls.then_some(calls::TAG),
             cache_salt: self.cache_salt.clone(),
             max_queue_wait: None,
             deadline: None,

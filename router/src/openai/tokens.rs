@@ -6,7 +6,7 @@ use axum::{
 };
 use serde::Serialize;
 
-use super::{Api, Asked, chat::conversation, error::Problem, fields::Fields, known::Page};
+use super::{Api, Asked, chat::conversation, error::Problem, fields::Fields, known::Page, tools::Tools};
 use crate::{
     generate::{Input, Invalid},
     metrics::Call,
@@ -42,7 +42,12 @@ impl ToTokenize {
                     text,
                     add_special: fields.bool("add_special_tokens")?.unwrap_or(true),
                 },
-                None => Input::Chat(conversation(fields)?),
+                None => {
+                    let tools = Tools::read(fields)?;
+                    let mut chat = conversation(fields)?;
+                    tools.show(&mut chat);
+                    Input::Chat(chat)
+                }
             },
         })
     }

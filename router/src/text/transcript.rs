@@ -12,6 +12,8 @@ use super::{StopCursor, StopSet, Tokenizer, Utf8Assembler};
 pub struct Wording {
     /// Leave control tokens out.
     pub skip_special: bool,
+    /// But for this one.
+    pub shown: Option<u32>,
     /// Show the stop string or stop token that was asked for.
     pub include_stop: bool,
     /// Stop strings are looked for in the text after so many tokens.
@@ -71,7 +73,8 @@ impl Transcript {
         let offset = self.chars;
         let watched = self.tokens >= self.wording.min_tokens;
         self.tokens += 1;
-        if self.wording.skip_special && self.tokenizer.is_special(token) {
+        if self.wording.skip_special && self.wording.shown != Some(token) && self.tokenizer.is_special(token)
+        {
             return Shown { offset, stop: None };
         }
         self.scratch.clear();

@@ -6,12 +6,13 @@ mod ends;
 mod errors;
 mod pages;
 mod stops;
+mod tools;
 
 use std::time::Duration;
 
 use crate::support::{
     BOS, EOS, EOT,
-    engine::{CONTEXT, MAX_BODY, finished, says, start, started, then_hangs, tokens},
+    engine::{CONTEXT, MAX_BODY, finished, says, start, start_with_template, started, then_hangs, tokens},
     http::{get, post, receive, send},
 };
 use futures::{StreamExt, stream};

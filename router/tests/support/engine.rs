@@ -182,15 +182,29 @@ fn entry(id: u32, name: &str, aliases: &[&str], files: Option<Arc<ModelFiles>>) 
     })
 }
 
+/// As `start`, with a chat template of its own.
+pub async fn start_with_template(
+    template: &str,
+    script: impl Fn(&Ask) -> Result<Events, Refusal> + Send + Sync + 'static,
+) -> Router {
+    let mut config = tokenizer_config();
+    config["chat_template"] = template.into();
+    start_with(config.to_string(), script).await
+}
+
 /// Starts a router on free ports. Besides `MODEL` it knows "absent", which never had a replica, and "mute", whose
 /// files have no tokenizer.
 pub async fn start(script: impl Fn(&Ask) -> Result<Events, Refusal> + Send + Sync + 'static) -> Router {
+    start_with(tokenizer_config().to_string(), script).await
+}
+
+async fn start_with(
+    tokenizer_config: String,
+    script: impl Fn(&Ask) -> Result<Events, Refusal> + Send + Sync + 'static,
+) -> Router {
     let files: ModelFiles = [
         ("tokenizer.json".to_owned(), file(byte_tokenizer().to_string())),
-        (
-            "tokenizer_config.json".to_owned(),
-            file(tokenizer_config().to_string()),
-        ),
+        ("tokenizer_config.json".to_owned(), file(tokenizer_config)),
     ]
     .into_iter()
     .collect();

@@ -8,6 +8,7 @@ use llguidance::{
     Matcher, ParserFactory,
     api::{GrammarWithLexer, TopLevelGrammar},
 };
+use serde_json::{Value, json};
 
 use super::{Constraint, GrammarError, Source, vocabulary};
 
@@ -20,6 +21,9 @@ const NESTED_MAX: usize = 200;
 const STACK_BYTES: usize = 256 << 20;
 /// Compiled grammars that are kept, used or not.
 const KEPT_MAX: usize = 32;
+
+/// Where a schema has llguidance's own options.
+const OPTIONS: &str = "x-guidance";
 
 /// A compiled grammar, or why it is none; who comes second waits for who came first.
 type Slot = Arc<OnceLock<Result<Mutex<Matcher>, GrammarError>>>;
@@ -101,7 +105,8 @@ impl Grammars {
         let unusable = |error: &dyn std::fmt::Display| GrammarError::Unusable(one_line(&error.to_string()));
         let grammar = match source {
             Source::JsonSchema(schema) => {
-                let schema = serde_json::from_str(schema).map_err(|error| unusable(&error))?;
+                let mut schema = serde_json::from_str(schema).map_err(|error| unusable(&error))?;
+                bound_space(&mut schema);
                 GrammarWithLexer::from_json_schema(schema)
             }
             Source::Regex(regex) => GrammarWithLexer::from_regex(regex),
@@ -135,6 +140,16 @@ impl Source {
         match self {
             Self::JsonSchema(text) | Self::Regex(text) | Self::Lark(text) => text,
         }
+    }
+}
+
+/// Between two tokens of JSON a model may write white space, but not for ever. A schema may say otherwise itself.
+fn bound_space(schema: &mut Value) {
+    if let Value::Object(fields) = schema
+        && !fields.contains_key(OPTIONS)
+    {
+        let options = json!({"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"});
+        fields.insert(OPTIONS.to_owned(), options);
     }
 }
 

@@ -6,8 +6,10 @@ use super::*;
 async fn what_is_not_served_is_refused_by_name() {
     let router = start(|ask| says(ask, "ok")).await;
     for (field, value) in [
-        ("tools", json!([{"type": "function"}])),
+        ("tools", json!([{"type": "function", "function": {"name": "f"}}])),
+        ("tools[0].function.name", json!([{"type": "function"}])),
         ("tool_choice", json!("auto")),
+        ("documents", json!([{"text": "t"}])),
         ("response_format.type", json!({"type": "xml"})),
         ("response_format", json!({"type": "regex", "regex": ""})),
         ("audio", json!({"voice": "x"})),

@@ -1,0 +1,309 @@
+//! Functions that the model may call: what a request says of them, what the template sees, and the grammar of an answer
+//! that has to be a call.
+
+use serde_json::{Map, Value, json};
+
+use super::fields::Fields;
+use crate::{
+    ask::Grammar,
+    generate::{Chat, Invalid},
+};
+
+const MAX_TOOLS: usize = 128;
+const MAX_NAME: usize = 64;
+
+/// What a request says of tools.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Tools {
+    /// As the client gave them.
+    list: Vec<Value>,
+    names: Vec<String>,
+    choice: Choice,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Choice {
+    /// The model is not told of any.
+    None,
+    /// It decides.
+    Auto,
+    /// It calls one of them.
+    Required,
+    /// It calls this one.
+    Named(String),
+}
+
+impl Tools {
+    /// A request's own.
+    pub(super) fn read(fields: &mut Fields) -> Result<Self, Invalid> {
+        let list = fields.array("tools")?.unwrap_or_default();
+        if list.len() > MAX_TOOLS {
+            return Err(Invalid::new("tools", format!("must be at most {MAX_TOOLS}")));
+        }
+        let names = list
+            .iter()
+            .enumerate()
+            .map(|(i, tool)| name(i, tool))
+            .collect::<Result<Vec<String>, Invalid>>()?;
+        if let Some(i) = (1..names.len()).find(|&i| names[..i].contains(&names[i])) {
+            let why = format!("'{}' is the name of an earlier one too", names[i]);
+            return Err(Invalid::new(format!("tools[{i}].function.name"), why));
+        }
+        Ok(Self {
+            choice: if list.is_empty() {
+                Choice::None
+            } else {
+                Choice::Auto
+            },
+            list,
+            names,
+        })
+    }
+
+    /// And what the client wants done with them.
+    pub(super) fn choose(&mut self, fields: &mut Fields) -> Result<(), Invalid> {
+        const FIELD: &str = "tool_choice";
+        let unknown = || {
+            let why =
+                "must be none, auto, required, or {\"type\": \"function\", \"function\": {\"name\": ...}}";
+            Invalid::new(FIELD, why)
+        };
+        let choice = match fields.take(FIELD) {
+            None => return Ok(()),
+            Some(Value::String(choice)) => match choice.as_str() {
+                "none" => Choice::None,
+                "auto" => Choice::Auto,
+                "required" => Choice::Required,
+                _ => return Err(unknown()),
+            },
+            Some(named) if named["type"] == "function" => {
+                let name = named["function"]["name"].as_str().ok_or_else(unknown)?;
+                if !self.names.iter().any(|known| known == name) {
+                    return Err(Invalid::new(
+                        FIELD,
+                        format!("names '{name}', which is not among tools"),
+                    ));
+                }
+                Choice::Named(name.to_owned())
+            }
+            Some(_) => return Err(unknown()),
+        };
+        if self.list.is_empty() && choice != Choice::None {
+            return Err(Invalid::new(FIELD, "needs tools"));
+        }
+        self.choice = choice;
+        Ok(())
+    }
+
+    /// What the model may call; nothing: its answer is a text.
+    pub(super) fn callable(&self) -> &[String] {
+        if self.choice == Choice::None {
+            &[]
+        } else {
+            &self.names
+        }
+    }
+
+    /// Lets the conversation's template see them.
+    pub(super) fn show(&self, chat: &mut Chat) {
+        if self.choice != Choice::None {
+            let tools = Value::Array(self.list.clone());
+            chat.args.insert("tools".to_owned(), tools);
+        }
+    }
+
+    /// The output's grammar, where it has to be a call: one of the allowed ones, as Llama 3 writes it.
+    pub(super) fn grammar(&self, given: Option<Grammar>) -> Result<Option<Grammar>, Invalid> {
+        if given.is_some() && self.choice != Choice::None {
+            let why = "can't be given beside tools: an output that follows it can't be a call; set tool_choice to none";
+            return Err(Invalid::new("response_format", why));
+        }
+        let allowed = |name: &str| match &self.choice {
+            Choice::None | Choice::Auto => false,
+            Choice::Required => true,
+            Choice::Named(only) => only == name,
+        };
+        let calls: Vec<Value> = self
+            .names
+            .iter()
+            .zip(&self.list)
+            .filter(|(name, _)| allowed(name))
+            .enumerate()
+            .map(|(i, (name, tool))| call(i, name, &tool["function"]))
+            .collect();
+        if calls.is_empty() {
+            return Ok(given);
+        }
+        // Spaced as Llama 3 was trained to write calls, and not otherwise.
+        let spacing = json!({"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "});
+        let schema = json!({"anyOf": calls, "x-guidance": spacing});
+        Ok(Some(Grammar::JsonSchema(schema.to_string())))
+    }
+}
+
+fn name(i: usize, tool: &Value) -> Result<String, Invalid> {
+    let field = |name: &str| format!("tools[{i}].{name}");
+    if tool["type"] != "function" {
+        return Err(Invalid::unsupported(field("type"), "must be 'function'"));
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    match tool["function"]["name"].as_str() {
+        Some(name) if !name.is_empty() && name.len() <= MAX_NAME && name.chars().all(plain) => {}
+        _ => {
+            let why = format!("must be 1 to {MAX_NAME} letters, digits, '_', '-' and '.'");
+            return Err(Invalid::new(field("function.name"), why));
+        }
+    }
+    if !matches!(tool["function"]["parameters"], Value::Null | Value::Object(_)) {
+        return Err(Invalid::new(
+            field("function.parameters"),
+            "must be a JSON schema",
+        ));
+    }
+    Ok(tool["function"]["name"].as_str().unwrap_or_default().to_owned())
+}
+
+/// The schema of a call, the `i`-th alternative.
+fn call(i: usize, name: &str, function: &Value) -> Value {
+    let mut parameters = function["parameters"].clone();
+    if parameters.is_null() {
+        parameters = json!({"type": "object", "additionalProperties": false});
+    }
+    move_references(&mut parameters, &format!("#/anyOf/{i}/properties/parameters"));
+    json!({"type": "object", "additionalProperties": false, "required": ["name", "parameters"],
+           "properties": {"name": {"const": name}, "parameters": parameters}})
+}
+
+/// References are from the root, which is further out now.
+fn move_references(schema: &mut Value, root: &str) {
+    match schema {
+        Value::Object(fields) => {
+            if let Some(Value::String(reference)) = fields.get_mut("$ref")
+                && let Some(path) = reference.strip_prefix('#')
+            {
+                *reference = format!("{root}{path}");
+            }
+            fields.values_mut().for_each(|inner| move_references(inner, root));
+        }
+        Value::Array(items) => items.iter_mut().for_each(|inner| move_references(inner, root)),
+        _ => {}
+    }
+}
+
+/// The calls of an earlier answer, with arguments as templates want them: as objects.
+pub(super) fn earlier_calls(field: &str, calls: Vec<Value>) -> Result<Value, Invalid> {
+    let call = |(i, mut call): (usize, Value)| {
+        let invalid = |what: &str, why: &str| Invalid::new(format!("{field}[{i}].{what}"), why);
+        if call["function"]["name"].as_str().is_none() {
+            return Err(invalid("function.name", "must be a string"));
+        }
+        let arguments = match &call["function"]["arguments"] {
+            Value::Null => Map::new(),
+            Value::Object(arguments) => arguments.clone(),
+            Value::String(text) if text.trim().is_empty() => Map::new(),
+            Value::String(text) => serde_json::from_str(text)
+                .map_err(|_| invalid("function.arguments", "must hold a JSON object"))?,
+            _ => {
+                return Err(invalid(
+                    "function.arguments",
+                    "must be a string that holds a JSON object",
+                ));
+            }
+        };
+        call["function"]["arguments"] = Value::Object(arguments);
+        Ok(call)
+    };
+    calls.into_iter().enumerate().map(call).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openai::known::Page;
+
+    fn read(body: &Value) -> Result<Tools, Invalid> {
+        let mut fields = Fields::parse(Page::Chat, body.to_string().as_bytes())?;
+        let mut tools = Tools::read(&mut fields)?;
+        tools.choose(&mut fields)?;
+        Ok(tools)
+    }
+
+    fn function(name: &str, parameters: Value) -> Value {
+        json!({"type": "function", "function": {"name": name, "parameters": parameters}})
+    }
+
+    #[test]
+    fn an_answer_that_must_be_a_call_has_a_grammar() {
+        let place =
+            json!({"type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "$defs": {"at": {}}});
+        let tools = json!([function("now", Value::Null), function("look", place)]);
+        let grammar = |choice: Value| {
+            let tools = read(&json!({"tools": tools, "tool_choice": choice})).expect("sound");
+            match tools.grammar(None).expect("one grammar") {
+                Some(Grammar::JsonSchema(schema)) => serde_json::from_str(&schema).expect("JSON"),
+                _ => Value::Null,
+            }
+        };
+        assert_eq!(grammar(json!("auto")), Value::Null);
+        let all = grammar(json!("required"));
+        assert_eq!(all["anyOf"][0]["properties"]["name"]["const"], "now");
+        let parameters = &all["anyOf"][1]["properties"]["parameters"];
+        assert_eq!(
+            parameters["properties"]["at"]["$ref"],
+            "#/anyOf/1/properties/parameters/$defs/at"
+        );
+        let one = grammar(json!({"type": "function", "function": {"name": "look"}}));
+        assert_eq!(one["anyOf"].as_array().map(Vec::len), Some(1));
+        assert_eq!(one["anyOf"][0]["properties"]["name"]["const"], "look");
+        let none = read(&json!({"tools": tools, "tool_choice": "none"})).expect("sound");
+        assert!(none.callable().is_empty());
+        let regex = Some(Grammar::Regex("a".into()));
+        assert_eq!(none.grammar(regex.clone()), Ok(regex.clone()));
+        let both = read(&json!({"tools": tools})).expect("sound");
+        assert_eq!(both.grammar(regex).expect_err("two").field, "response_format");
+    }
+
+    #[test]
+    fn what_is_no_tool_is_refused_by_its_place() {
+        let f = function("f", Value::Null);
+        for (body, field) in [
+            (json!({"tools": [{"type": "web"}]}), "tools[0].type"),
+            (json!({"tools": [f, f]}), "tools[1].function.name"),
+            (
+                json!({"tools": [function("a b", Value::Null)]}),
+                "tools[0].function.name",
+            ),
+            (
+                json!({"tools": [function("f", json!(3))]}),
+                "tools[0].function.parameters",
+            ),
+            (json!({"tools": 1}), "tools"),
+            (json!({"tool_choice": "auto"}), "tool_choice"),
+            (json!({"tools": [f], "tool_choice": "some"}), "tool_choice"),
+            (
+                json!({"tools": [f], "tool_choice": {"type": "function", "function": {"name": "g"}}}),
+                "tool_choice",
+            ),
+        ] {
+            assert_eq!(read(&body).expect_err(field).field, field, "{body}");
+        }
+        assert_eq!(
+            read(&json!({"tool_choice": "none"})).expect("nothing").callable(),
+            [""; 0]
+        );
+    }
+
+    #[test]
+    fn earlier_arguments_become_objects() {
+        let call =
+            |arguments: Value| vec![json!({"id": "c", "function": {"name": "f", "arguments": arguments}})];
+        let read = earlier_calls("x", call(json!("{\"a\": 1}"))).expect("sound");
+        assert_eq!(read[0]["function"]["arguments"], json!({"a": 1}));
+        assert_eq!(
+            earlier_calls("x", call(json!(""))).expect("sound")[0]["function"]["arguments"],
+            json!({})
+        );
+        let error = earlier_calls("x", call(json!("[1]"))).expect_err("a list");
+        assert_eq!(error.field, "x[0].function.arguments");
+    }
+}
