@@ -12,7 +12,7 @@ use tracing::debug;
 
 use crate::{
     ask::{Ask, Refusal},
-    dispatch::{Core, Flight, Shared},
+    dispatch::{Buffers, Core, Flight, Shared},
 };
 
 /// What is advised while a model has no replica: nothing says when one will come.
@@ -42,7 +42,10 @@ impl Shared {
             entry.id,
             ask,
             keys,
-            self.config.max_buffered_tokens,
+            Buffers {
+                tokens: self.config.max_buffered_tokens,
+                bytes: self.config.max_buffered_bytes,
+            },
         );
         // Nobody is ahead: the bounds are for those who wait.
         if core.queue.front(entry.id).is_none() && self.try_place(&mut core, &flight, now)? {

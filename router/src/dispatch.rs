@@ -28,7 +28,7 @@ use tokio_util::{
 };
 use tracing::{info, warn};
 
-pub(crate) use flight::{Eviction, Flight, Part, Place, Withdrawn};
+pub(crate) use flight::{Buffers, Eviction, Flight, Part, Place, Withdrawn};
 pub use generation::Generation;
 
 pub(crate) use self::core::Core;
@@ -46,6 +46,11 @@ pub const PONG_LIMIT: Duration = Duration::from_secs(30);
 /// Tokens that wait for one client before it counts as gone: minutes of reading at the speed of any model.
 pub const BUFFERED_TOKENS_MAX: usize = 16_384;
 
+/// Bytes that wait for one client, over all its candidates: 256 tokens with 20 alternatives each of a dozen candidates.
+pub const BUFFERED_BYTES_MAX: usize = 1 << 20;
+/// A proxy that stands still for a minute is seen in the wild; longer, and its client has given up.
+pub const SLOW_CLIENT_LIMIT: Duration = Duration::from_secs(120);
+
 /// The dispatcher's bounds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DispatchConfig {
@@ -55,8 +60,12 @@ pub struct DispatchConfig {
     pub queue: Limits,
     /// Longest wait in it.
     pub max_queue_wait: Duration,
-    /// Tokens that wait for one client.
+    /// Tokens that wait for one client of a worker that keeps no windows.
     pub max_buffered_tokens: usize,
+    /// Bytes that wait for one client: its request's windows follow from it.
+    pub max_buffered_bytes: usize,
+    /// A client that reads nothing for so long, though its buffer is full, is gone.
+    pub slow_client_limit: Duration,
     /// Between two pings of a session.
     pub ping_every: Duration,
     /// A session whose engine has not answered for this long is lost; earlier, if its steps are short.
@@ -77,6 +86,8 @@ impl From<&RouterArgs> for DispatchConfig {
             },
             max_queue_wait: Duration::from_secs(args.max_queue_seconds.into()),
             max_buffered_tokens: BUFFERED_TOKENS_MAX,
+            max_buffered_bytes: BUFFERED_BYTES_MAX,
+            slow_client_limit: SLOW_CLIENT_LIMIT,
             ping_every: Duration::from_secs(1),
             pong_limit: PONG_LIMIT,
             reconnect: (Duration::from_millis(100), Duration::from_secs(2)),

@@ -9,7 +9,11 @@ mod link;
 mod outbox;
 mod wire;
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    pin::pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use swallow_policy::{ModelId, ReplicaId};
 use swallow_rpc::worker::v1::{
@@ -235,6 +239,7 @@ async fn greet(
         .map_err(|_| Lost::Unreachable(format!("no Welcome within {} s", HANDSHAKE_LIMIT.as_secs())))??;
     check(&welcome, &target.served_names).map_err(Lost::Unusable)?;
     link.boot.get_or_init(|| welcome.boot_id.clone());
+    link.windows.store(welcome.windows, Ordering::Relaxed);
     Ok((client, inbound, welcome))
 }
 
@@ -332,7 +337,13 @@ impl Session<'_> {
                     let files = files.map_err(|error| Lost::Unusable(error.to_string()))?;
                     self.shared.files_here(self.link, welcome, files);
                 }
-                _ = ping.tick() => self.ping()?,
+                _ = ping.tick() => {
+                    self.ping()?;
+                    let heard = self.link.cut_slow(self.shared.config.slow_client_limit);
+                    if heard.slow > 0 {
+                        self.shared.heard(self.link, heard);
+                    }
+                }
                 () = leave.cancelled(), if !leaving => {
                     (leaving, self.going) = (true, true);
                     self.shared.draining(self.link);

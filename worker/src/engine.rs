@@ -112,10 +112,12 @@ struct Flight {
 impl<R: Runner> Engine<R> {
     /// Nothing runs yet.
     pub fn new(parts: Parts<R>) -> Self {
-        // Credits bound what waits. The scheduler's own bound is above them and above what preemption may send back, so
-        // it never refuses a request that came with a credit.
-        let most =
-            u32::try_from(SESSIONS_MAX).expect("small") + 2 * parts.limits.max_running + parts.standing;
+        // Credits bound what waits. The scheduler's own bound is above them and above what preemption and windows that
+        // open may send back, so it never refuses a request that came with a credit.
+        let most = u32::try_from(SESSIONS_MAX).expect("small")
+            + 2 * parts.limits.max_running
+            + parts.standing
+            + 2 * credits::parked_max(&parts.limits);
         let limits = Limits {
             max_waiting: most,
             ..parts.limits
@@ -328,7 +330,7 @@ impl<R: Runner> Engine<R> {
         let delta = self.scheduler.take_kv_delta();
         self.sessions.send_kv_delta(&delta);
         let load = self.scheduler.load();
-        if self.drain_until.is_none() {
+        if self.drain_until.is_none() && !credits::is_crowded(self.scheduler.limits(), &load) {
             self.sessions
                 .grant(credits::room(self.scheduler.limits(), self.standing, &load));
         }

@@ -8,6 +8,7 @@
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use swallow_policy::{Keys, ModelId, ReplicaId, RequestId};
@@ -25,6 +26,33 @@ const LOSSES_MAX: u32 = 2;
 /// Placements of one request, whatever sends it back.
 const ATTEMPTS_MAX: u32 = 8;
 
+/// A window is no larger: a worker that runs ahead of its client by so much gains nothing.
+const WINDOW_TOKENS_MAX: usize = 256;
+/// Nor smaller, or its client would wait for the way to the worker and back.
+const WINDOW_TOKENS_MIN: usize = 16;
+
+/// What may wait for one client.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Buffers {
+    /// Tokens, where the worker keeps no windows.
+    pub tokens: usize,
+    /// Bytes.
+    pub bytes: usize,
+}
+
+impl Buffers {
+    /// Tokens of one candidate that may wait for its client.
+    fn window(&self, ask: &Ask) -> u32 {
+        let score = |top: u32| size_of::<Score>() + top as usize * size_of::<(u32, f32)>();
+        let token_bytes = size_of::<u32>() + ask.logprobs.map_or(0, score);
+        let tokens = self.bytes / (token_bytes * ask.candidates as usize);
+        u32::try_from(tokens.clamp(WINDOW_TOKENS_MIN, WINDOW_TOKENS_MAX)).expect("small")
+    }
+}
+
+/// A candidate whose client has read, and how many tokens it may have generated.
+pub(crate) type Opening = (Arc<Link>, u32, u32);
+
 /// A request in the router.
 #[derive(Debug)]
 pub(crate) struct Flight {
@@ -34,6 +62,7 @@ pub(crate) struct Flight {
     pub keys: Vec<Keys>,
     pub since: Instant,
     max_buffered: usize,
+    window: u32,
     state: Mutex<State>,
 }
 
@@ -56,6 +85,8 @@ pub(crate) struct Part {
     pub said: Vec<u32>,
     /// Its client wants the prompt's scores, if it asked for them at all.
     pub fresh: bool,
+    /// Tokens that it may have generated before its client has read more.
+    pub window: u32,
 }
 
 /// How it ended, otherwise than well.
@@ -83,8 +114,13 @@ struct State {
     output: Output,
     /// Every token of each candidate, read or not.
     said: Vec<Vec<u32>>,
-    /// Tokens that the client has read.
+    /// Tokens that the client has read, over all candidates and of each.
     read_tokens: u32,
+    read: Vec<u32>,
+    /// Tokens that each candidate may have generated.
+    granted: Vec<u32>,
+    /// Since when a candidate has all that it may have, and its client has read nothing.
+    full_since: Option<Instant>,
     end: Option<End>,
     waker: Option<Waker>,
 }
@@ -111,7 +147,8 @@ pub(crate) struct Eviction {
 }
 
 impl Flight {
-    pub fn new(id: RequestId, model: ModelId, ask: Ask, keys: Vec<Keys>, max_buffered: usize) -> Arc<Self> {
+    pub fn new(id: RequestId, model: ModelId, ask: Ask, keys: Vec<Keys>, buffers: Buffers) -> Arc<Self> {
+        let window = buffers.window(&ask);
         let state = State {
             place: Place::Nowhere,
             attempt: 0,
@@ -123,6 +160,9 @@ impl Flight {
             output: Output::new(&ask),
             said: vec![Vec::new(); ask.candidates as usize],
             read_tokens: 0,
+            read: vec![0; ask.candidates as usize],
+            granted: vec![window; ask.candidates as usize],
+            full_since: None,
             end: None,
             waker: None,
         };
@@ -133,7 +173,8 @@ impl Flight {
             ask,
             keys,
             since,
-            max_buffered,
+            max_buffered: buffers.tokens,
+            window,
             state,
         })
     }
@@ -180,6 +221,8 @@ impl Flight {
             candidate,
             said: said.clone(),
             fresh: !state.bound,
+            // One that waits for its client comes one token further elsewhere, and waits there.
+            window: state.granted[candidate as usize].max(said.len() as u32 + 1),
         })
         .collect()
     }
@@ -228,6 +271,7 @@ impl Flight {
             } else {
                 state.output = Output::new(&self.ask);
                 state.said.iter_mut().for_each(Vec::clear);
+                state.full_since = None;
             }
             if let Some(boot) = &eviction.exclude_boot {
                 state.excluded.push((eviction.replica, boot.clone()));
@@ -308,8 +352,29 @@ impl Flight {
         }
         state.output.push_tokens(candidate, tokens, scores);
         state.said[candidate as usize].extend_from_slice(tokens);
+        if state.said[candidate as usize].len() >= state.granted[candidate as usize] as usize {
+            state.full_since.get_or_insert_with(Instant::now);
+        }
         state.wake();
         true
+    }
+
+    /// Its client has read nothing for so long, though its buffer is full.
+    pub fn is_stuck(&self, limit: Duration) -> bool {
+        let state = self.state();
+        state.end.is_none() && state.full_since.is_some_and(|since| since.elapsed() >= limit)
+    }
+
+    /// Its client counts as gone. False: it is over.
+    pub fn give_up_reader(&self) -> bool {
+        let mut state = self.state();
+        let goes_on = state.end.is_none() && state.output.is_running();
+        if goes_on {
+            let buffered = state.output.buffered_tokens();
+            state.output.clear();
+            state.finish(End::Failed(Failure::SlowClient { buffered }));
+        }
+        goes_on
     }
 
     /// The last word about a candidate.
@@ -335,8 +400,22 @@ impl Flight {
         }
     }
 
-    /// The next event. After a failure, and after the last candidate's end, there is none.
-    pub fn poll_event(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Event, Failure>>> {
+    /// The next event, and whose window opens by its being read. After a failure, and after the last candidate's end,
+    /// there is none.
+    pub fn poll_event(
+        &self,
+        cx: &mut Context<'_>,
+    ) -> (Poll<Option<Result<Event, Failure>>>, Option<Opening>) {
+        let mut opening = None;
+        let polled = self.poll_next(cx, &mut opening);
+        (polled, opening)
+    }
+
+    fn poll_next(
+        &self,
+        cx: &mut Context<'_>,
+        opening: &mut Option<Opening>,
+    ) -> Poll<Option<Result<Event, Failure>>> {
         let mut state = self.state();
         if matches!(state.end, Some(End::Gone | End::Refused(_))) {
             return Poll::Ready(None);
@@ -351,9 +430,11 @@ impl Flight {
         };
         if let Some(event) = event {
             state.bound = true;
-            if let Event::Tokens { tokens, .. } = &event {
-                let read = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
-                state.read_tokens = state.read_tokens.saturating_add(read);
+            if let Event::Tokens {
+                candidate, tokens, ..
+            } = &event
+            {
+                *opening = state.read(*candidate, tokens.len(), self.window);
             }
             return Poll::Ready(Some(Ok(event)));
         }
@@ -386,6 +467,24 @@ impl Flight {
 }
 
 impl State {
+    /// The client has read tokens of a candidate; when half of its window is free again, it opens.
+    fn read(&mut self, candidate: u32, tokens: usize, window: u32) -> Option<Opening> {
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+        self.read_tokens = self.read_tokens.saturating_add(tokens);
+        self.full_since = None;
+        let index = candidate as usize;
+        self.read[index] = self.read[index].saturating_add(tokens);
+        let opens = self.granted[index].saturating_sub(self.read[index]) <= window / 2;
+        if !opens || !self.output.is_open(candidate) {
+            return None;
+        }
+        self.granted[index] = self.read[index].saturating_add(window);
+        match &self.place {
+            Place::Placed(link, handles) => Some((Arc::clone(link), handles[index], self.granted[index])),
+            Place::Nowhere | Place::Queued => None,
+        }
+    }
+
     /// Candidates whose last word was lost with the replica, though nothing is missing but that.
     fn close_full(&mut self, max_tokens: u32) {
         for candidate in 0..self.said.len() {

@@ -82,7 +82,11 @@ impl Stream for Generation {
             self.shared
                 .clean_up(&self.flight, self.flight.expire(), cancel::Reason::Deadline);
         }
-        let event = ready!(self.flight.poll_event(cx));
+        let (polled, opening) = self.flight.poll_event(cx);
+        if let Some((link, handle, tokens)) = opening {
+            link.open(&self.flight, handle, tokens);
+        }
+        let event = ready!(polled);
         self.over = !matches!(event, Some(Ok(_)));
         Poll::Ready(event)
     }

@@ -83,6 +83,24 @@ impl Link {
     }
 }
 
+impl Link {
+    /// Ends requests whose clients have read nothing for so long, though all that they may have waits for them.
+    pub fn cut_slow(&self, limit: Duration) -> Heard {
+        let mut state = self.state();
+        let mut heard = Heard::default();
+        let is_slow = |entry: &&Entry| entry.cancelled.is_none() && entry.flight.is_stuck(limit);
+        let entries = state.entries.iter().flatten().filter(is_slow);
+        let slow: Vec<Arc<Flight>> = entries.map(|entry| Arc::clone(&entry.flight)).collect();
+        for flight in slow {
+            if flight.give_up_reader() {
+                heard.slow += 1;
+                state.cut(&flight, cancel::Reason::ClientGone, &mut heard);
+            }
+        }
+        heard
+    }
+}
+
 impl LinkState {
     fn accepted(&mut self, accepted: &Accepted, heard: &mut Heard) {
         // An unknown handle: a request that was cancelled before it was sent is not known to the worker, and all
@@ -261,7 +279,10 @@ mod tests {
     use swallow_policy::{Ask as Asked, Capacity, Fleet, ModelId, ReplicaId, RequestId, Work, choose};
 
     use super::*;
-    use crate::ask::{Ask, Sampling};
+    use crate::{
+        ask::{Ask, Sampling},
+        dispatch::Buffers,
+    };
 
     fn ask() -> Ask {
         Ask {
@@ -305,8 +326,12 @@ mod tests {
         };
         let choice = choose(&fleet, &asked, Duration::ZERO, 0).expect("it is ready");
         let tickets = fleet.place(&choice, &asked);
+        let buffers = Buffers {
+            tokens: 100,
+            bytes: 1 << 20,
+        };
         let link = Link::new((replica, "r".into()), (model, "m".into()));
-        let flight = Flight::new(RequestId(1), model, ask(), Vec::new(), 100);
+        let flight = Flight::new(RequestId(1), model, ask(), Vec::new(), buffers);
         let handles = link
             .submit(&flight, 0, &flight.parts(), tickets)
             .expect("it is open");

@@ -7,7 +7,10 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
 };
 
@@ -31,6 +34,8 @@ pub(crate) struct Link {
     pub replica_name: Arc<str>,
     /// Which process of the worker it is; known from its Welcome on.
     pub boot: OnceLock<Vec<u8>>,
+    /// The worker keeps windows; known from its Welcome on.
+    pub windows: AtomicBool,
     state: Mutex<LinkState>,
 }
 
@@ -68,13 +73,14 @@ impl Link {
         (replica, replica_name): (ReplicaId, Arc<str>),
         (model, model_name): (ModelId, Arc<str>),
     ) -> Arc<Self> {
-        let (boot, state) = Default::default();
+        let (boot, windows, state) = Default::default();
         Arc::new(Self {
             replica,
             model,
             model_name,
             replica_name,
             boot,
+            windows,
             state,
         })
     }
@@ -97,8 +103,10 @@ impl Link {
             return Err((Closed, tickets));
         }
         let mut handles = vec![0; flight.ask.candidates as usize];
+        let windows = self.windows.load(Ordering::Relaxed);
         for (part, ticket) in parts.iter().zip(tickets) {
-            handles[part.candidate as usize] = state.submit(Arc::clone(flight), attempt, part, ticket);
+            handles[part.candidate as usize] =
+                state.submit(Arc::clone(flight), attempt, part, windows, ticket);
         }
         Ok(handles)
     }
@@ -116,6 +124,18 @@ impl Link {
             .iter()
             .filter_map(|&h| of_flight(&state, h).then(|| state.cancel(h, reason)).flatten())
             .collect()
+    }
+
+    /// The client has read: this candidate may have generated so many tokens.
+    pub fn open(&self, flight: &Arc<Flight>, handle: u32, output_tokens: u32) {
+        if !self.windows.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut state = self.state();
+        let goes_on = |entry: &Entry| Arc::ptr_eq(&entry.flight, flight) && entry.cancelled.is_none();
+        if state.entry(handle).is_some_and(goes_on) {
+            state.outbox.open(handle, output_tokens);
+        }
     }
 
     /// The worker invites this many more.
@@ -162,6 +182,7 @@ impl LinkState {
     pub(super) fn take(&mut self, handle: u32) -> Option<Entry> {
         let entry = self.entries.get_mut((handle as usize).checked_sub(1)?)?.take()?;
         self.live -= 1;
+        self.outbox.forget(handle);
         self.free.push_back(handle);
         Some(entry)
     }
@@ -180,12 +201,22 @@ impl LinkState {
             .collect()
     }
 
-    fn submit(&mut self, flight: Arc<Flight>, attempt: u32, part: &Part, ticket: Ticket) -> u32 {
+    fn submit(
+        &mut self,
+        flight: Arc<Flight>,
+        attempt: u32,
+        part: &Part,
+        windows: bool,
+        ticket: Ticket,
+    ) -> u32 {
         let handle = self.free.pop_front().unwrap_or_else(|| {
             self.entries.push(None);
             u32::try_from(self.entries.len()).expect("credits bound the handles far below 2^32")
         });
-        let request = wire::request(&flight.ask, handle, attempt, part);
+        let mut request = wire::request(&flight.ask, handle, attempt, part);
+        if !windows {
+            request.window_tokens = 0;
+        }
         self.outbox.submit(Pending {
             request,
             deadline: flight.ask.deadline,

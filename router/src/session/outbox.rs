@@ -7,7 +7,9 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use swallow_rpc::worker::v1::{Cancel, Request, SessionRequest, Submit, cancel, session_request::Frame};
+use swallow_rpc::worker::v1::{
+    Cancel, Request, SessionRequest, Submit, Window, cancel, session_request::Frame,
+};
 use tokio::time::Instant;
 
 /// Prompt tokens in one Submit: about a megabyte, a quarter of what a gRPC server takes by default. One request alone
@@ -27,6 +29,7 @@ pub(crate) struct Pending {
 pub(crate) struct Outbox {
     control: VecDeque<Frame>,
     cancels: Vec<(cancel::Reason, Vec<u32>)>,
+    windows: Window,
     submits: VecDeque<Pending>,
     /// Requests that the worker still takes.
     credits: usize,
@@ -47,6 +50,30 @@ impl Outbox {
             None => self.cancels.push((reason, vec![handle])),
         }
         self.wake();
+    }
+
+    /// A request may have generated so many tokens.
+    pub fn open(&mut self, handle: u32, output_tokens: u32) {
+        let Window {
+            handle: handles,
+            output_tokens: tokens,
+        } = &mut self.windows;
+        match handles.iter().position(|of| *of == handle) {
+            Some(at) => tokens[at] = output_tokens,
+            None => {
+                handles.push(handle);
+                tokens.push(output_tokens);
+            }
+        }
+        self.wake();
+    }
+
+    /// Nothing more is said about a handle: the next request under it has a window of its own.
+    pub fn forget(&mut self, handle: u32) {
+        if let Some(at) = self.windows.handle.iter().position(|of| *of == handle) {
+            self.windows.handle.swap_remove(at);
+            self.windows.output_tokens.swap_remove(at);
+        }
     }
 
     pub fn grant(&mut self, credits: u32) {
@@ -82,6 +109,8 @@ impl Outbox {
                 handles,
                 reason: reason.into(),
             })
+        } else if !self.windows.handle.is_empty() {
+            Frame::Window(std::mem::take(&mut self.windows))
         } else if !self.submits.is_empty() && self.credits > 0 {
             Frame::Submit(self.take_submit())
         } else if self.closed {

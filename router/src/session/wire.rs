@@ -29,6 +29,7 @@ pub(super) fn request(ask: &Ask, handle: u32, attempt: u32, part: &Part) -> rpc:
         budget: None,
         cache_salt: ask.cache_salt,
         resumed_tokens: u32::try_from(part.said.len()).expect("at most max_tokens"),
+        window_tokens: part.window,
         grammar: ask.grammar.as_deref().map(grammar),
     }
 }

@@ -14,6 +14,7 @@ mod shim;
 mod spread;
 mod storms;
 mod streams;
+mod windows;
 
 use std::{
     collections::BTreeMap,
@@ -97,6 +98,8 @@ fn config() -> DispatchConfig {
         },
         max_queue_wait: LIMIT,
         max_buffered_tokens: 4096,
+        max_buffered_bytes: 1 << 20,
+        slow_client_limit: LIMIT,
         ping_every: Duration::from_millis(100),
         pong_limit: Duration::from_secs(10),
         reconnect: (Duration::from_millis(10), Duration::from_millis(50)),

@@ -94,6 +94,8 @@ async fn house_before(replicas: impl Iterator<Item = SocketAddr>, change: impl F
         },
         max_queue_wait: LIMIT,
         max_buffered_tokens: BUFFERED_TOKENS_MAX,
+        max_buffered_bytes: 1 << 20,
+        slow_client_limit: LIMIT,
         ping_every: Duration::from_millis(100),
         pong_limit: Duration::from_secs(10),
         reconnect: (Duration::from_millis(10), Duration::from_millis(50)),

@@ -224,6 +224,9 @@ impl Engine {
         let resumed = request.resumed_tokens as usize;
         let own = &request.prompt_ids[..request.prompt_ids.len() - resumed];
         let index = request.resumed_tokens + sequence.emitted;
+        if request.window_tokens > 0 && index >= request.window_tokens {
+            return None; // Parked.
+        }
         let mut id = token(own, seed, request.candidate, index);
         if self.config.letters {
             id = letter(id);
@@ -416,6 +419,16 @@ impl Engine {
                     }
                 }
             }
+            session_request::Frame::Window(window) => {
+                assert!(self.config.windows, "a window for a worker that knows none");
+                for (handle, tokens) in window.handle.into_iter().zip(window.output_tokens) {
+                    let of = |s: &&mut Sequence| s.session == session && s.request.handle == handle;
+                    if let Some(sequence) = self.sequences.iter_mut().find(of) {
+                        let window = &mut sequence.request.window_tokens;
+                        *window = (*window).max(tokens);
+                    }
+                }
+            }
             session_request::Frame::Ping(ping) => {
                 inner.note(|seen| seen.pings += 1);
                 self.pongs.push((session, ping.nonce));
@@ -460,6 +473,7 @@ impl Engine {
                 prefill_tokens_per_second: config.prefill_tokens_per_second,
             }),
             submit_credits: config.credits,
+            windows: config.windows,
         }
     }
 }

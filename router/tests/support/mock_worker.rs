@@ -96,6 +96,8 @@ pub struct Config {
     pub miscount: bool,
     /// The bytes of a file are not what its digest says.
     pub corrupt_files: bool,
+    /// It knows of windows.
+    pub windows: bool,
     /// A cache event gets lost.
     pub skip_kv_event: bool,
     /// Each step's frame is followed by one that this version does not know.
@@ -128,6 +130,7 @@ impl Default for Config {
             die_after: None,
             miscount: false,
             corrupt_files: false,
+            windows: true,
             skip_kv_event: false,
             unknown_frames: false,
             cached_blocks: 0,

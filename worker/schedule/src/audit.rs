@@ -12,7 +12,7 @@ impl Scheduler {
         let block_tokens = self.block_tokens();
         let mut refs = vec![0_u32; self.limits.n_blocks as usize];
         let mut slot_taken = vec![false; self.limits.max_running as usize];
-        let (mut n_promised, mut n_lingering, mut n_live) = (0, 0, 0);
+        let (mut n_promised, mut n_lingering, mut n_live, mut n_parked) = (0, 0, 0, 0);
         for (at, seq) in self.sequences.iter().enumerate() {
             let Some(seq) = seq else { continue };
             for id in &seq.table {
@@ -34,6 +34,11 @@ impl Scheduler {
             let queued = match seq.state {
                 State::Waiting => &self.waiting,
                 State::Running(_) => &self.running,
+                State::Parked => {
+                    assert!(seq.is_full(), "{:?} is parked for nothing", seq.ask.id);
+                    n_parked += 1;
+                    continue;
+                }
                 State::Lingering(_) => {
                     n_lingering += 1;
                     continue;
@@ -69,11 +74,16 @@ impl Scheduler {
         self.blocks.audit(&refs);
         assert_eq!(self.blocks.n_promised(), n_promised, "promised blocks");
         assert_eq!(self.n_lingering, n_lingering, "lingering sequences");
-        assert_eq!(self.ids.len(), n_live, "every name has a living sequence");
+        assert_eq!(self.n_parked, n_parked, "parked sequences");
         assert_eq!(
             self.ids.len(),
+            n_live + n_parked,
+            "every name has a living sequence"
+        );
+        assert_eq!(
+            n_live,
             self.waiting.len() + self.running.len(),
-            "live sequences wait or run"
+            "live sequences wait, run or are parked"
         );
         let n_taken = slot_taken.iter().filter(|&&taken| taken).count();
         assert_eq!(

@@ -55,7 +55,7 @@ impl Scheduler {
             State::Running(_) => self.grow(flown.at, token),
             State::Lingering(_) if seq.flights == 0 => self.bury(flown.at),
             State::Lingering(_) => {}
-            State::Waiting => unreachable!("a sequence in flight is never sent back to wait"),
+            State::Waiting | State::Parked => unreachable!("a sequence in flight is never sent back to wait"),
         }
     }
 
@@ -82,6 +82,9 @@ impl Scheduler {
             self.end(at, Finish::Stop);
         } else if n_tokens == seq.ask.max_tokens {
             self.end(at, Finish::Length);
+        } else if seq.is_full() && seq.flights == 0 {
+            // Nothing is planned past the window, so the last commit is the one that fills it.
+            self.park(at);
         }
     }
 

@@ -1,6 +1,7 @@
 //! The doors: sequences come in, are refused, cancelled or too late, and leave; the caller reads what happened.
 //!
-//! A sequence waits, runs, and is gone; preemption sends it back to wait with its tokens. One that ends while a step
+//! A sequence waits, runs, and is gone; preemption sends it back to wait with its tokens. One whose reader is behind is
+//! parked: it keeps its tokens and its place in line, and its blocks stay findable until somebody needs them. One that ends while a step
 //! in flight still touches its blocks is reported at once and lingers, unseen, until that step is committed.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -70,6 +71,8 @@ pub struct Scheduler {
     pub(crate) running: BTreeMap<Arrival, Index>,
     pub(crate) deadlines: BTreeSet<(Micros, Index)>,
     pub(crate) flights: VecDeque<Flight>,
+    /// Sequences whose window is full.
+    pub(crate) n_parked: usize,
     /// Sequences that ended with steps in flight.
     pub(crate) n_lingering: usize,
     /// Blocks that prefill in flight completes, by key, with how often: whoever needs the same waits for the commit
@@ -112,6 +115,7 @@ impl Scheduler {
             running: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             flights: VecDeque::with_capacity(FLIGHTS_MAX),
+            n_parked: 0,
             n_lingering: 0,
             claims: BTreeMap::new(),
             outputs: Vec::new(),
@@ -193,6 +197,41 @@ impl Scheduler {
         }
     }
 
+    /// Lets a sequence generate `tokens` in all before it has to wait for the next call; at least 1. A window that
+    /// a sequence had before it began to run may shrink; later it only grows. An unknown id changes nothing.
+    pub fn set_window(&mut self, id: SeqId, tokens: u32) {
+        let Some(&at) = self.ids.get(&id) else { return };
+        let seq = self.seq_mut(at);
+        let untouched = seq.planned == 0 && !seq.started;
+        seq.window = if untouched {
+            tokens.max(1)
+        } else {
+            seq.window.max(tokens)
+        };
+        if seq.state == State::Parked && !seq.is_full() {
+            // Parked => Waiting
+            seq.state = State::Waiting;
+            let arrival = seq.arrival;
+            self.n_parked -= 1;
+            self.waiting.insert(arrival, at);
+        }
+    }
+
+    /// Running => Parked: slot and blocks are for others, until the window opens.
+    pub(crate) fn park(&mut self, at: Index) {
+        let seq = self.sequences[at.0]
+            .as_mut()
+            .expect("a running sequence is there");
+        let State::Running(slot) = seq.state else {
+            unreachable!("only a running sequence generates")
+        };
+        seq.let_go(&mut self.blocks);
+        seq.state = State::Parked;
+        self.running.remove(&seq.arrival);
+        self.slots.push(slot);
+        self.n_parked += 1;
+    }
+
     /// Everything that happened since the last call, in order.
     pub fn take_outputs(&mut self) -> Vec<Output> {
         std::mem::take(&mut self.outputs)
@@ -221,6 +260,7 @@ impl Scheduler {
         Load {
             running: self.limits.max_running - n_u32(self.slots.len()),
             waiting: n_u32(self.waiting.len()),
+            parked: n_u32(self.n_parked),
             pending_prefill_tokens: u32::try_from(pending).unwrap_or(u32::MAX),
             blocks_held: self.blocks.n_held(),
             blocks_cached: self.blocks.n_cached(),
@@ -236,9 +276,9 @@ impl Scheduler {
         self.deadlines.first().map(|&(deadline, _)| deadline)
     }
 
-    /// Nothing waits, runs, or is in flight.
+    /// Nothing waits, runs, is parked, or is in flight.
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty() && self.flights.is_empty()
+        self.ids.is_empty() && self.flights.is_empty()
     }
 
     /// (Waiting | Running) => (Lingering | gone): the last word about a sequence.
@@ -258,6 +298,10 @@ impl Scheduler {
         match seq.state {
             State::Waiting => {
                 self.waiting.remove(&seq.arrival);
+                self.vacate(at);
+            }
+            State::Parked => {
+                self.n_parked -= 1;
                 self.vacate(at);
             }
             State::Running(slot) => {

@@ -18,6 +18,8 @@ pub(crate) struct Index(pub(crate) usize);
 pub(crate) enum State {
     /// Holds nothing.
     Waiting,
+    /// Holds nothing, and does not wait either: its window is full.
+    Parked,
     /// Holds a slot and blocks.
     Running(Slot),
     /// Finished, but a step in flight still writes to its blocks and slot.
@@ -47,6 +49,8 @@ pub(crate) struct Sequence {
     pub(crate) scored: usize,
     /// A row of it has run.
     pub(crate) started: bool,
+    /// It generates no more tokens than these before whoever reads them says so; at least 1.
+    pub(crate) window: u32,
     /// When its last work was planned, counting works; 0 for never. The smallest goes first when rows are short.
     pub(crate) last_turn: u64,
     /// Chain of block keys, computed as far as they were needed.
@@ -70,6 +74,7 @@ impl Sequence {
             flights: 0,
             scored: 0,
             started: false,
+            window: u32::MAX,
             last_turn: 0,
             keys: Vec::new(),
             nodes: Vec::new(),
@@ -91,7 +96,15 @@ impl Sequence {
 
     /// Rows that could be planned now. One is a decode row (or the end of a prefill), more are prefill.
     pub(crate) fn n_ready(&self) -> usize {
-        (self.tokens.len() + self.unseen).min(Self::n_final_rows(&self.ask)) - self.planned
+        // The row of token `n` samples token `n + 1`.
+        let n_open_rows = self.n_prompt() + self.window as usize - 1;
+        let n_rows = Self::n_final_rows(&self.ask).min(n_open_rows);
+        (self.tokens.len() + self.unseen).min(n_rows) - self.planned
+    }
+
+    /// All that its window lets it generate is there.
+    pub(crate) fn is_full(&self) -> bool {
+        self.n_generated() >= self.window as usize
     }
 
     /// Rows that a work may have from here, so that one flag says whether log-probabilities are wanted.

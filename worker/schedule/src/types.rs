@@ -206,6 +206,8 @@ pub struct Load {
     pub running: u32,
     /// Sequences that do not.
     pub waiting: u32,
+    /// Sequences that wait for their readers.
+    pub parked: u32,
     /// Tokens still to be computed before their sequences can decode.
     pub pending_prefill_tokens: u32,
     /// Blocks that some sequence holds.

@@ -40,6 +40,13 @@ pub enum Command {
         /// Unknown ones have ended already.
         handles: Vec<u32>,
     },
+    /// Clients have read: these may go on.
+    Window {
+        /// Whose.
+        session: SessionId,
+        /// Handles, and how many tokens each may have generated; unknown ones have ended already.
+        openings: Vec<(u32, u32)>,
+    },
     /// Is the loop alive?
     Ping {
         /// Who asks.
@@ -91,4 +98,8 @@ pub struct Order {
     pub root_key: u64,
     /// Time from its arrival.
     pub budget: Option<Duration>,
+    /// Tokens that another replica generated; they are the prompt's last.
+    pub resumed: u32,
+    /// It generates no more than these, resumed ones included, before it hears of more; `u32::MAX`: without limit.
+    pub window: u32,
 }

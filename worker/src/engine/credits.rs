@@ -17,6 +17,19 @@ pub(super) struct Holder {
     pub waiting: u32,
 }
 
+/// Requests whose clients do not read, for each slot: they cost memory alone, but not without end.
+const PARKED_PER_SLOT: u32 = 4;
+
+/// As many requests wait for their clients as may: nobody is invited.
+pub(super) fn is_crowded(limits: &Limits, load: &Load) -> bool {
+    load.parked >= parked_max(limits)
+}
+
+/// Most requests that wait for their clients, but for those that were invited before.
+pub(super) fn parked_max(limits: &Limits) -> u32 {
+    limits.max_running.saturating_mul(PARKED_PER_SLOT)
+}
+
 /// Requests that may wait here or be invited, all routers together: `standing` and as many as would find a slot and
 /// blocks now. How many the free blocks hold is judged by what the running ones hold.
 pub(super) fn room(limits: &Limits, standing: u32, load: &Load) -> u32 {

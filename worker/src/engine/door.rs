@@ -129,6 +129,11 @@ impl Door {
             prompt_logprobs: request.prompt_logprobs.is_some(),
             root_key: prefix::root(request.cache_salt),
             budget,
+            resumed: request.resumed_tokens,
+            window: match request.window_tokens {
+                0 => u32::MAX,
+                tokens => tokens,
+            },
         };
         Ok((ticket, Box::new(order)))
     }

@@ -26,6 +26,8 @@ pub(super) struct Live {
     output_tokens: u32,
     /// Position of the first prompt token whose score was not sent.
     next_score: u32,
+    /// Tokens that another replica generated.
+    resumed: u32,
     grammar: Option<Constraint>,
 }
 
@@ -43,6 +45,7 @@ impl Live {
             last_token: None,
             output_tokens: 0,
             next_score: 1, // Nothing predicts the first token.
+            resumed: order.resumed,
             grammar: order.params.grammar.clone(),
         }
     }
@@ -50,6 +53,11 @@ impl Live {
     /// Why its output can't go on, if its grammar leaves it no way.
     pub(super) fn failure(&self) -> Option<&str> {
         self.grammar.as_ref()?.failure()
+    }
+
+    /// Tokens that it may generate here, of so many in all.
+    pub(super) fn window(&self, output_tokens: u32) -> u32 {
+        output_tokens.saturating_sub(self.resumed)
     }
 
     pub(super) fn started(&mut self, now: Instant) {

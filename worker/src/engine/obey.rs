@@ -41,6 +41,18 @@ impl<R: Runner> Engine<R> {
                     self.scheduler.cancel(*seq);
                 }
             }
+            Command::Window { session, openings } => {
+                let Some(session) = self.sessions.get_mut(session) else {
+                    return;
+                };
+                for (handle, tokens) in openings {
+                    if let Some(&seq) = session.handles.get(&handle)
+                        && let Some(live) = self.lives.get_mut(seq)
+                    {
+                        self.scheduler.set_window(seq, live.window(tokens));
+                    }
+                }
+            }
             Command::Ping { session, nonce } => {
                 if let Some(session) = self.sessions.get_mut(session) {
                     session.send(Frame::Pong(Pong { nonce }));
@@ -67,7 +79,7 @@ impl<R: Runner> Engine<R> {
         self.sessions.send_kv_delta(&delta);
         let load = self.scheduler.load();
         let room = credits::room(self.scheduler.limits(), self.standing, &load);
-        let credits = if self.drain_until.is_some() {
+        let credits = if self.drain_until.is_some() || credits::is_crowded(self.scheduler.limits(), &load) {
             0
         } else {
             self.sessions.first_grant(room)
@@ -82,6 +94,7 @@ impl<R: Runner> Engine<R> {
             model: Some(self.facts.model_spec(&self.state.identity().served_names)),
             capacity: Some(self.capacity()),
             submit_credits: credits,
+            windows: true,
         }));
         if kv_events {
             session.send_snapshot(&self.scheduler.cached_keys());
@@ -175,6 +188,9 @@ impl<R: Runner> Engine<R> {
             deadline,
         };
         self.scheduler.add(ask)?;
+        if order.window < u32::MAX {
+            self.scheduler.set_window(seq, live.window(order.window));
+        }
         self.tickets.take(ticket, arrived);
         self.runner.admit(seq, order.params, order.prompt);
         self.lives.insert(seq, live);

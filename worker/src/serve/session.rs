@@ -202,6 +202,13 @@ impl Reader {
                     handles: self.waiting.cancel(cancel.handles),
                 })
             }
+            Some(Frame::Window(window)) if window.handle.len() != window.output_tokens.len() => Err(Err(
+                Status::invalid_argument("a Window has one number of output_tokens for each handle"),
+            )),
+            Some(Frame::Window(window)) => Ok(Command::Window {
+                session,
+                openings: window.handle.into_iter().zip(window.output_tokens).collect(),
+            }),
             Some(Frame::Ping(ping)) => Ok(Command::Ping {
                 session,
                 nonce: ping.nonce,

@@ -384,3 +384,50 @@ async fn preemption_loses_and_doubles_nothing() {
         .await;
     worker.controls.empty().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_whose_client_does_not_read_waits_for_it() {
+    let worker = Worker::ready(Setup {
+        max_running: 1,
+        ..Setup::default()
+    })
+    .await;
+    let mut router = worker.router().await;
+    assert!(router.welcome.windows);
+    let slow = Request {
+        window_tokens: 5,
+        ..request(1, &[1, 2, 3], 12)
+    };
+    // Resumed: two of its five tokens came from another replica.
+    let moved = Request {
+        window_tokens: 5,
+        resumed_tokens: 2,
+        ..request(2, &[1, 2, 3, 1, 2], 12)
+    };
+    router.submit(vec![slow, moved, request(3, &[4, 5], 6)]).await;
+    // The only slot is free for the others while each of the first two waits.
+    assert_eq!(router.finished(3).await.reason(), Reason::Length);
+    router
+        .until("both windows are full", |router| {
+            let came = |handle| router.seen.get(&handle).map_or(0, |seen| seen.tokens.len());
+            (came(1), came(2)) == (5, 3)
+        })
+        .await;
+    router.ping(1).await;
+    assert!(router.seen[&1].finished.is_none() && router.seen[&2].finished.is_none());
+    let window = |handle: u32, tokens| {
+        Frame::Window(swallow_rpc::worker::v1::Window {
+            handle: vec![handle, 77],
+            output_tokens: vec![tokens, 9],
+        })
+    };
+    router.send(window(1, 8)).await;
+    router
+        .until("it goes on", |router| router.seen[&1].tokens.len() == 8)
+        .await;
+    router.send(window(1, 100)).await;
+    router.send(window(2, 100)).await;
+    let whole: Vec<u32> = (0..12).map(|index| echo(&[1, 2, 3], index)).collect();
+    assert_eq!(router.finished(1).await.tokens, whole);
+    assert_eq!(router.finished(2).await.tokens.len(), 10);
+}

@@ -320,3 +320,47 @@ fn steps_commit_in_order() {
     let _first = scheduler.step(NOW).expect("a prefill");
     scheduler.commit(StepId(2), &[1]);
 }
+
+#[test]
+fn a_full_window_costs_no_step_and_leaves_its_slot_to_others() {
+    for lag in [0, 1] {
+        let mut engine = Engine::new(Limits {
+            max_running: 1,
+            ..limits()
+        });
+        engine.add(ask(1, &[5, 6, 7], 12));
+        engine.scheduler.set_window(SeqId(1), 4);
+        for _ in 0..20 {
+            engine.turn(lag);
+        }
+        assert_eq!(engine.tokens(1).len(), 4);
+        let load = engine.scheduler.load();
+        assert_eq!(
+            (load.running, load.waiting, load.parked, load.blocks_held),
+            (0, 0, 1, 0)
+        );
+        assert!(!engine.scheduler.is_idle() && engine.scheduler.step(NOW).is_none());
+        // The only slot is free.
+        engine.add(ask(2, &[8, 9], 5));
+        for _ in 0..20 {
+            engine.turn(lag);
+        }
+        assert_eq!(engine.finished[&SeqId(2)], Finish::Length);
+        // Smaller than before is no window; a larger one lets it go on where it was.
+        engine.scheduler.set_window(SeqId(1), 2);
+        assert_eq!(engine.scheduler.load().parked, 1);
+        engine.scheduler.set_window(SeqId(1), 100);
+        engine.drain(lag);
+        assert_eq!(engine.tokens(1).len(), 12);
+        engine.assert_undisturbed();
+        // One that is parked can be cancelled.
+        engine.add(ask(3, &[5, 6, 7], 12));
+        engine.scheduler.set_window(SeqId(3), 1);
+        for _ in 0..20 {
+            engine.turn(lag);
+        }
+        engine.cancel(3);
+        assert!(engine.scheduler.is_idle());
+        assert_eq!(engine.finished[&SeqId(3)], Finish::Cancelled);
+    }
+}

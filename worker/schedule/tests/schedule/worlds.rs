@@ -73,6 +73,8 @@ struct Client {
     /// Prompt positions whose log-probabilities arrived.
     scored: BTreeSet<u32>,
     max_planned_sample: Option<u32>,
+    /// Tokens that it may have.
+    window: u32,
 }
 
 struct InFlight {
@@ -144,6 +146,7 @@ impl World {
             19..23 => self.cancel(),
             23..30 => self.now = Micros(self.now.0 + self.rng.u64(0..50)),
             30..35 => self.check_delta(),
+            35..40 => self.open_window(),
             _ => self.turn(),
         }
         self.scheduler.audit();
@@ -196,7 +199,7 @@ impl World {
         let before = self.scheduler.load();
         match self.scheduler.add(ask.clone()) {
             Ok(()) => {
-                let client = Client {
+                let mut client = Client {
                     expected: undisturbed(&ask, self.vocab),
                     truth: with_surplus(&ask, self.vocab).into(),
                     received: Vec::new(),
@@ -205,8 +208,14 @@ impl World {
                     finished: None,
                     scored: BTreeSet::new(),
                     max_planned_sample: None,
+                    window: u32::MAX,
                     ask,
                 };
+                if self.rng.u32(0..3) == 0 {
+                    let window = self.rng.u32(0..6);
+                    self.scheduler.set_window(client.ask.id, window);
+                    client.window = window.max(1);
+                }
                 assert_eq!(self.live.insert(client.ask.id, self.clients.len()), None);
                 self.clients.push(client);
             }
@@ -245,6 +254,25 @@ impl World {
         }
     }
 
+    /// A reader catches up.
+    fn open_window(&mut self) {
+        let id = self.draw_id();
+        let more = self.rng.u32(0..8);
+        self.widen(id, more);
+    }
+
+    fn widen(&mut self, id: SeqId, more: u32) {
+        let tokens = match self.live.get(&id) {
+            Some(&client) => {
+                let client = &mut self.clients[client];
+                client.window = client.window.max(client.received.len() as u32 + more);
+                client.window
+            }
+            None => more,
+        };
+        self.scheduler.set_window(id, tokens);
+    }
+
     /// One turn of the caller's loop: plan, and commit what is due. With lag, sometimes only one of the two.
     fn turn(&mut self) {
         if self.in_flight.len() <= self.lag {
@@ -275,7 +303,14 @@ impl World {
         match step {
             Some(step) => self.launch(step),
             None if !self.in_flight.is_empty() => self.commit(),
-            None => assert!(self.scheduler.is_idle(), "nothing runs, but it is not idle"),
+            None => {
+                let load = self.scheduler.load();
+                assert_eq!(
+                    (load.running, load.waiting, load.parked as usize),
+                    (0, 0, self.live.len()),
+                    "nothing runs, but somebody could"
+                );
+            }
         }
     }
 
@@ -295,6 +330,7 @@ impl World {
             let client = &mut self.clients[client];
             if let Some(index) = work.sample {
                 assert!(index < client.ask.max_tokens, "a token too many is planned");
+                assert!(index < client.window, "a token past the window is planned");
                 assert!(client.max_planned_sample.is_none_or(|max| index <= max + 1));
                 client.max_planned_sample = Some(index);
             }
@@ -410,6 +446,8 @@ impl World {
             self.turn();
             self.scheduler.audit();
             self.read_outputs();
+            let live: Vec<SeqId> = self.live.keys().copied().collect();
+            live.into_iter().for_each(|id| self.widen(id, 3));
             steps += 1;
             assert!(steps < DRAIN_STEPS, "no end in sight");
         }
