@@ -106,6 +106,9 @@ pub struct BenchArgs {
     /// On a GPU: launch decode steps kernel by kernel.
     #[arg(long)]
     pub no_recordings: bool,
+    /// On a GPU: leave kernels alone that are for one architecture.
+    #[arg(long)]
+    pub portable_kernels: bool,
 }
 
 /// Why nothing was measured.
@@ -218,6 +221,7 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
             BenchDevice::Cuda | BenchDevice::Cpu => 1,
         },
         record: !args.no_recordings,
+        portable: args.portable_kernels,
         fault: None,
     };
     let started = Instant::now();

@@ -47,6 +47,7 @@ fn spec(machine: Machine) -> GroupSpec {
             Machine::Cpu => 1,
             Machine::Cuda => AHEAD_MAX,
         },
+        portable: std::env::var_os("SWALLOW_GPU_PORTABLE").is_some(),
         ..support::spec(1)
     }
 }
@@ -189,14 +190,21 @@ fn goldens_of_transformers() {
 }
 
 /// The shapes whose kernels differ: head sizes, and query heads that share keys.
-const SHAPES: [(usize, usize, usize); 5] = [(4, 1, 128), (8, 1, 128), (8, 8, 64), (9, 3, 64), (6, 2, 80)];
+const SHAPES: [(usize, usize, usize); 6] = [
+    (4, 1, 128),
+    (8, 1, 128),
+    (8, 2, 128),
+    (8, 8, 64),
+    (9, 3, 64),
+    (6, 2, 80),
+];
 
 #[test]
 #[ignore = "needs a GPU; tests/gpu runs it"]
 fn the_cpu_device() {
     let mut good = true;
     for (heads, kv_heads, dim) in SHAPES {
-        let requests: Vec<Request> = [1, 2, 15, 16, 17, 63, 64, 65, 129, 700, 3000]
+        let requests: Vec<Request> = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 700, 3000]
             .iter()
             .map(|&n| scored(ids(n as u64, n, 2048)))
             .collect();
@@ -308,6 +316,38 @@ fn chunks_prefixes_and_preemption() {
         good &= compare_generated("crowded and alone", crowded, &alone, &scores);
     }
     assert!(good);
+}
+
+/// A block is a piece of memory and nothing else: its size changes no bit.
+#[test]
+#[ignore = "needs a GPU; tests/gpu runs it"]
+fn blocks_of_any_size_give_the_same_bits() {
+    for (heads, kv_heads, dim) in [(8, 2, 128), (9, 3, 64), (6, 2, 80)] {
+        let run = |block_tokens: usize| -> Vec<f64> {
+            let spec = GroupSpec {
+                block_tokens,
+                n_blocks: 2048 * 16 / block_tokens,
+                ..spec(Machine::Cuda)
+            };
+            let mut engine = Engine::of(start(dummy(heads, kv_heads, dim), spec.clone()), spec, false);
+            let requests: Vec<Request> = [5, 130, 900, 1300]
+                .iter()
+                .map(|&n| scored(ids(n as u64, n, 2048)))
+                .collect();
+            engine.run(&requests, 1).iter().flat_map(logprobs).collect()
+        };
+        let of_16 = run(16);
+        for block_tokens in [8, 64, 256] {
+            assert_eq!(
+                run(block_tokens),
+                of_16,
+                "blocks of {block_tokens}, {dim} numbers"
+            );
+        }
+        println!(
+            "{heads} heads, {kv_heads} of keys, {dim} numbers: blocks of 8, 16, 64 and 256 tokens give equal bits"
+        );
+    }
 }
 
 /// Compares up to where near-equal tokens send the two different ways.

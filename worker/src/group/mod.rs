@@ -72,6 +72,8 @@ pub struct GroupSpec {
     pub steps_ahead: usize,
     /// On GPUs: decode steps are recorded at start and replayed.
     pub record: bool,
+    /// On GPUs: kernels that are for one architecture are left alone.
+    pub portable: bool,
     /// Test instrument, on no command line: a rank that misbehaves.
     pub fault: Option<Fault>,
 }

@@ -155,6 +155,7 @@ impl Member {
             heads: self.shard.heads(config),
             split: VocabSplit::new(config.vocab_size, self.shard.of),
             record: self.spec.record,
+            portable: self.spec.portable,
         };
         CudaDevice::new(spec, self.id, self.exchange.clone())
     }

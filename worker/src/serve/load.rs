@@ -62,6 +62,7 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
             Machine::Cuda => AHEAD_MAX,
         },
         record: true,
+        portable: false,
         fault: None,
     };
     let planned = match machine {
@@ -267,6 +268,7 @@ fn planned_cuda(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
             heads: shard.heads(model),
             split: VocabSplit::new(model.vocab_size, of),
             record: true,
+            portable: false,
         };
         workspace += cuda::workspace_bytes(&spec, shard.part(model.intermediate_size).len());
     }

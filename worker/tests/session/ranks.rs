@@ -34,6 +34,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         step_timeout,
         steps_ahead: 1,
         record: true,
+        portable: false,
         fault: Some(Fault {
             rank: 1,
             step: 3,

@@ -40,6 +40,7 @@ pub fn spec(tensor_parallel: usize) -> GroupSpec {
         step_timeout: Duration::from_secs(120),
         steps_ahead: 1,
         record: true,
+        portable: false,
         fault: None,
     }
 }

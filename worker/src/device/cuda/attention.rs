@@ -5,15 +5,25 @@ use std::sync::Arc;
 use super::{
     BF16, CudaSpec, CudaStep, F32, Kv, Rows,
     blas::size,
-    driver::{Arg, Gpu, Memory},
+    driver::{Arg, Gpu, MAP_BYTES, Memory},
     ops::Kernels,
 };
-use crate::device::{DeviceError, Heads};
+use crate::device::{DeviceError, Heads, KvShape};
 
 /// Rows of a tile of `prefill.cu`.
 pub(super) const TILE_ROWS: usize = 64;
 /// Keys of such a tile; two of keys and two of values are in shared memory.
 const TILE_KEYS: usize = 64;
+/// Keys of a tile of `hopper.cu`, and the most of them that the copy engine brings at a time.
+pub(super) const HOPPER_KEYS: usize = 128;
+/// Numbers of a row that the copy engine brings at a time.
+pub(super) const HOPPER_COLUMNS: usize = 64;
+const HOPPER_DIM: usize = 128;
+/// Query heads of one of its blocks.
+const HOPPER_HEADS: usize = 2;
+/// Queries of its heads, two stages of keys and of values, and what alignment may cost.
+pub(super) const HOPPER_SHARED: u32 =
+    ((HOPPER_HEADS * TILE_ROWS + 4 * HOPPER_KEYS) * HOPPER_DIM * BF16 + 1024) as u32;
 /// Query heads that share a pass of `attention.cu` over keys and values.
 const SHARED_HEADS: usize = 4;
 /// Most parts of a context.
@@ -57,6 +67,23 @@ pub(super) fn tile_shared(dim: usize) -> u32 {
 /// Whether the kernels for single rows and for tiles have this head size.
 pub(super) fn is_fast(dim: usize) -> bool {
     matches!(dim, 64 | 128)
+}
+
+/// Whether `hopper.cu` has this shape: its swizzle repeats every eight rows, and a block's heads share keys and values.
+pub(super) fn suits_hopper(shape: &KvShape) -> bool {
+    let heads = shape.heads;
+    heads.dim == HOPPER_DIM
+        && (heads.n_q / heads.n_kv).is_multiple_of(HOPPER_HEADS)
+        && shape.block_tokens >= 8
+}
+
+/// Which kernel serves works of several rows, in words.
+pub(super) fn chosen(kv: &Kv) -> &'static str {
+    match (&kv.maps, is_fast(kv.shape.heads.dim)) {
+        (Some(_), _) => "wgmma, fed by the copy engine",
+        (None, true) => "mma.sync",
+        (None, false) => "any head size, slow",
+    }
 }
 
 impl Attention {
@@ -155,6 +182,14 @@ impl Attention {
         }
         if step.n_tiles > 0 {
             let lists = [at.tiles.into(), at.blocks.into(), (&out.memory).into()];
+            if let (Some(maps), Some(kernel)) = (&kv.maps, &kernels.hopper_tiles) {
+                let maps = maps.at(2 * layer * MAP_BYTES);
+                let given = [Arg::from(&qkv.memory), maps.into(), at.works.into()];
+                let mut arguments = [&given[..], &lists, &ends, &last].concat();
+                let grid = [step.n_tiles, n_q / HOPPER_HEADS as u32, 1];
+                // SAFETY: the parameters of `attend_tiles_hopper`; as above, and the maps are of this pool.
+                return unsafe { gpu.launch(kernel, grid, [384, 1, 1], HOPPER_SHARED, &mut arguments) };
+            }
             let mut arguments = [&pool[..], &lists, &ends, &last].concat();
             let grid = [step.n_tiles, n_q, 1];
             let shared = tile_shared(heads.dim);

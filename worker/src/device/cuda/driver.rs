@@ -11,7 +11,7 @@ use std::{
 
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute_enum,
-    CUgraph, CUgraphExec, CUgraphNode, CUmodule, CUstream,
+    CUgraph, CUgraphExec, CUgraphNode, CUmodule, CUstream, CUtensorMap,
 };
 
 use super::libs::{Library, LibraryError, Wanted, functions, string};
@@ -60,6 +60,8 @@ functions! {
         graph_upload = c"cuGraphUpload" (CUgraphExec, CUstream) -> c_int;
         graph_launch = c"cuGraphLaunch" (CUgraphExec, CUstream) -> c_int;
         graph_exec_destroy = c"cuGraphExecDestroy" (CUgraphExec) -> c_int;
+        tensor_map = c"cuTensorMapEncodeTiled" (*mut CUtensorMap, c_int, u32, *mut c_void, *const u64, *const u64,
+            *const u32, *const u32, c_int, c_int, c_int, c_int) -> c_int;
         event_create = c"cuEventCreate" (*mut CUevent, c_uint) -> c_int;
         event_destroy = c"cuEventDestroy_v2" (CUevent) -> c_int;
         event_record = c"cuEventRecord" (CUevent, CUstream) -> c_int;
@@ -74,6 +76,8 @@ functions! {
     }
 }
 
+/// Of a description for the copy engine.
+pub(super) const MAP_BYTES: usize = 128;
 const SUCCESS: c_int = 0;
 const OUT_OF_MEMORY: c_int = 2;
 const NOT_READY: c_int = 600;
@@ -337,6 +341,44 @@ impl Gpu {
         // SAFETY: both are the caller's allocations.
         let code = unsafe { (self.driver.copy_within)(to, from, bytes, self.stream) };
         self.check(code, "cuMemcpyDtoDAsync")
+    }
+
+    /// Describes a dense matrix of bf16 numbers, `[rows, columns]`, to the copy engine, which will bring boxes of it and
+    /// swizzle their rows of at most 128 bytes. Only Hopper and later have it.
+    pub(super) fn matrix_map(
+        &self,
+        address: CUdeviceptr,
+        [rows, columns]: [usize; 2],
+        boxes: [usize; 2],
+    ) -> Result<[u64; MAP_BYTES / 8], DeviceError> {
+        const BF16: c_int = 9;
+        const SWIZZLE_128: c_int = 3;
+        const L2_256: c_int = 3;
+        let sizes = [columns as u64, rows as u64];
+        let pitch = [columns as u64 * 2];
+        let boxes = boxes.map(|n| u32::try_from(n).expect("boxes have at most 256 rows"));
+        let mut map = CUtensorMap {
+            opaque: [0; MAP_BYTES / 8],
+        };
+        // SAFETY: writes one description; the arrays have as many numbers as two dimensions need.
+        let code = unsafe {
+            (self.driver.tensor_map)(
+                &mut map,
+                BF16,
+                2,
+                address as *mut c_void,
+                sizes.as_ptr(),
+                pitch.as_ptr(),
+                [boxes[1], boxes[0]].as_ptr(),
+                [1, 1].as_ptr(),
+                0,
+                SWIZZLE_128,
+                L2_256,
+                0,
+            )
+        };
+        self.check(code, "cuTensorMapEncodeTiled")?;
+        Ok(map.opaque)
     }
 
     /// Waits until the stream has done everything.

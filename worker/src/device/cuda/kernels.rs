@@ -20,13 +20,23 @@ pub(super) struct SourceFile {
     /// Its name without `.cu`.
     pub(super) name: &'static str,
     text: &'static str,
+    /// The one architecture that has its instructions; others are served by other files.
+    only: Option<&'static str>,
+}
+
+impl SourceFile {
+    /// Whether it is for this architecture.
+    pub(super) fn is_for(&self, arch: &str) -> bool {
+        self.only.is_none_or(|only| only == arch)
+    }
 }
 
 macro_rules! sources {
-    ($($name:literal),* $(,)?) => {
+    ($($name:literal $(for $arch:literal)?),* $(,)?) => {
         &[$(SourceFile {
             name: $name,
             text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/cuda/", $name, ".cu")),
+            only: [$(Some($arch),)? None][0],
         },)*]
     };
 }
@@ -37,10 +47,11 @@ pub(super) const SOURCES: &[SourceFile] = sources![
     "embed",
     "fill",
     "head",
+    "hopper" for "sm_90a",
     "norm",
     "prefill",
     "rope",
-    "sample"
+    "sample",
 ];
 
 /// Where an image keeps kernels that were made ahead.
@@ -213,7 +224,7 @@ pub fn make(args: &KernelsArgs) -> Result<(), KernelError> {
     let version = compiler.version_text();
     let mut manifest = String::new();
     for arch in &args.arch {
-        for file in SOURCES {
+        for file in SOURCES.iter().filter(|file| file.is_for(arch)) {
             let compiled = compile(compiler, file, arch)?;
             let kernels = usage(&compiled.log);
             let spilt: u32 = kernels.iter().map(|kernel| kernel.spill_bytes).sum();
@@ -285,7 +296,11 @@ mod tests {
 
     #[test]
     fn the_name_of_machine_code_changes_with_everything_that_changes_it() {
-        let file = SourceFile { name: "a", text: "x" };
+        let file = SourceFile {
+            name: "a",
+            text: "x",
+            only: None,
+        };
         let name = file_name(&file, "sm_80", "13.0");
         assert!(name.starts_with("a-sm_80-") && name.ends_with(".cubin"), "{name}");
         assert_eq!(name, file_name(&file, "sm_80", "13.0"));

@@ -85,6 +85,8 @@ pub struct CudaSpec {
     pub split: VocabSplit,
     /// Record the forward passes of decode steps at start, and replay them.
     pub record: bool,
+    /// Leave kernels alone that are for one architecture.
+    pub portable: bool,
 }
 
 /// One rank on one GPU.
@@ -141,6 +143,8 @@ pub struct Rows {
 pub struct Kv {
     shape: KvShape,
     memory: Memory,
+    /// For the copy engine, a layer's keys and its values after each other; where a kernel uses it.
+    maps: Option<Memory>,
 }
 
 impl Kv {
@@ -218,11 +222,6 @@ impl CudaDevice {
             rank,
             gpu = gpu.name,
             compute_capability = format!("{}.{}", gpu.capability / 10, gpu.capability % 10),
-            attention = if attention::is_fast(spec.heads.dim) {
-                "tensor cores, and passes over shared heads for single rows"
-            } else {
-                "any head size, slow"
-            },
             "GPU opened"
         );
         Ok(Self {

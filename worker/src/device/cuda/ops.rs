@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rayon::prelude::*;
 
 use super::{
-    BF16, CudaDevice, CudaStep, F32, Kv, Matrix, Rows, Vector,
-    attention::tile_shared,
+    BF16, CudaDevice, CudaStep, F32, Kv, Matrix, Rows, Vector, attention,
+    attention::{HOPPER_SHARED, tile_shared},
     blas::{Operands, Out, Shape, size},
-    driver::{Arg, Gpu, Kernel, Module},
-    kernels::{KernelError, SOURCES, arch, machine_code},
+    driver::{Arg, Gpu, Kernel, Memory, Module},
+    kernels::{KernelError, SOURCES, SourceFile, arch, machine_code},
     nccl::Numbers,
 };
 use crate::device::{
@@ -35,6 +35,8 @@ pub(super) struct Kernels {
     /// For head sizes of 64 and 128.
     single: [Kernel; 2],
     tiles: [Kernel; 2],
+    /// For Hopper, and some shapes: see `attention.rs`.
+    pub(super) hopper_tiles: Option<Kernel>,
     pub(super) attend_any: Kernel,
     pub(super) merge_parts: Kernel,
     pub(super) gather_rows: Kernel,
@@ -52,12 +54,14 @@ impl Kernels {
         // Ranks start together; the first compiles, the others find its files.
         static ONE_COMPILES: Mutex<()> = Mutex::new(());
         let arch = arch(gpu.capability);
+        let files: Vec<&SourceFile> = SOURCES.iter().filter(|file| file.is_for(&arch)).collect();
+        let has = |file: &str| files.iter().any(|known| known.name == file);
         let code: Vec<Result<Vec<u8>, KernelError>> = {
             let _one = ONE_COMPILES.lock().unwrap_or_else(PoisonError::into_inner);
-            SOURCES.par_iter().map(|file| machine_code(file, &arch)).collect()
+            files.par_iter().map(|file| machine_code(file, &arch)).collect()
         };
         let mut modules = Vec::new();
-        for (file, code) in SOURCES.iter().zip(code) {
+        for (file, code) in files.iter().zip(code) {
             let code = code.map_err(|error| DeviceError::Cuda(error.to_string()))?;
             modules.push((file.name, gpu.module(&code, file.name)?));
         }
@@ -65,7 +69,7 @@ impl Kernels {
             let module: &Module = modules
                 .iter()
                 .find_map(|(name, module)| (*name == file).then_some(module))
-                .expect("every file is in the list of sources");
+                .expect("files that are not for every architecture are asked for where they are");
             gpu.kernel(module, name, shared)
         };
         Ok(Self {
@@ -83,6 +87,9 @@ impl Kernels {
                 kernel("prefill", "attend_tiles_64", tile_shared(64))?,
                 kernel("prefill", "attend_tiles_128", tile_shared(128))?,
             ],
+            hopper_tiles: has("hopper")
+                .then(|| kernel("hopper", "attend_tiles_hopper", HOPPER_SHARED))
+                .transpose()?,
             attend_any: kernel("attention", "attend_any", 0)?,
             merge_parts: kernel("attention", "merge_parts", 0)?,
             gather_rows: kernel("head", "gather_rows", 0)?,
@@ -263,9 +270,23 @@ impl Device for CudaDevice {
         }
         self.spare_block = shape.n_blocks as u32;
         let bytes = 2 * shape.n_layers * Kv::half_bytes(&shape);
-        let memory = self.gpu.alloc(bytes, "keys and values")?;
+        // Finite from the start: tiles read beyond a sequence's end, with weights of zero.
+        let memory = self.gpu.zeroed(bytes, "keys and values")?;
         self.allocated.kv += bytes as u64;
-        Ok(Kv { shape, memory })
+        let mut kv = Kv {
+            shape,
+            memory,
+            maps: None,
+        };
+        if self.kernels.hopper_tiles.is_some() && !self.spec.portable && attention::suits_hopper(&shape) {
+            kv.maps = Some(self.maps(&kv)?);
+        }
+        tracing::info!(
+            rank = self.spec.shard.rank,
+            of_tiles = attention::chosen(&kv),
+            "attention kernels chosen"
+        );
+        Ok(kv)
     }
 
     fn allocated(&self) -> Allocated {
@@ -505,6 +526,28 @@ impl Device for CudaDevice {
 }
 
 impl CudaDevice {
+    /// Descriptions of every layer's keys and values for the copy engine.
+    fn maps(&self, kv: &Kv) -> Result<Memory, DeviceError> {
+        let shape = &kv.shape;
+        let rows = (shape.n_blocks + 1) * shape.block_tokens * shape.heads.n_kv;
+        let mut maps = Vec::new();
+        for address in (0..shape.n_layers).flat_map(|layer| kv.layer(layer)) {
+            let map = self.gpu.matrix_map(
+                address,
+                [rows, shape.heads.dim],
+                [
+                    shape.block_tokens.min(attention::HOPPER_KEYS),
+                    attention::HOPPER_COLUMNS,
+                ],
+            )?;
+            maps.extend(map);
+        }
+        let memory = self.gpu.alloc(size_of_val(&maps[..]), "keys and values")?;
+        self.gpu.copy_in(memory.address, &maps)?;
+        self.gpu.wait()?; // the numbers here may go
+        Ok(memory)
+    }
+
     fn activations(&mut self, width: usize, number: usize) -> Result<Rows, DeviceError> {
         // Zeros at first, so that nothing ever reads what another process left.
         let memory = self

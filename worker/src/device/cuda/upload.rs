@@ -2,8 +2,8 @@
 //!
 //! A step may be gathered while the one before it runs: the host's buffers take turns, and the stream's order keeps the
 //! GPU's. Ids that only the GPU knows go as the number of their slot. A step that is replayed has its arrays where the
-//! recording has them, and rows without meaning up to the recording's size. Works of one row come first, so that the kernel for single rows sees a dense list of them; works of several rows are
-//! cut into tiles.
+//! recording has them, and rows without meaning up to the recording's size. Works of one row come first, so that the
+//! kernel for single rows sees a dense list of them; works of several rows are cut into tiles.
 
 use std::sync::Arc;
 
