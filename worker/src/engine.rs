@@ -37,7 +37,7 @@ use self::{
 };
 use crate::{
     group::StepResult,
-    metrics::{EngineMetrics, Outcome},
+    metrics::{EngineMetrics, Outcome, StepDone},
     sampling::TokenScore,
     serve::Facts,
     state::State,
@@ -203,13 +203,13 @@ impl<R: Runner> Engine<R> {
         if let Some(next) = self.flights.front_mut() {
             next.begun = now;
         }
-        self.count(&step, now.saturating_duration_since(begun));
+        self.count(&step, now.saturating_duration_since(begun), result.replayed);
         self.last_step = step.id;
         self.record(&step, result);
         Ok(())
     }
 
-    fn count(&mut self, step: &Step, took: Duration) {
+    fn count(&mut self, step: &Step, took: Duration, replayed: bool) {
         let decode = step
             .works
             .iter()
@@ -217,8 +217,14 @@ impl<R: Runner> Engine<R> {
             .count();
         let decode = u32::try_from(decode).expect("a step is bounded by max_step_tokens");
         let rows: u32 = step.works.iter().map(swallow_schedule::Work::rows).sum();
-        self.rates.step(rows - decode, decode, took);
-        self.metrics.step(rows, took);
+        let prefill = rows - decode;
+        self.rates.step(prefill, decode, took);
+        self.metrics.step(StepDone {
+            prefill,
+            decode,
+            took,
+            replayed,
+        });
     }
 
     /// Gives the scheduler what was sampled. Outputs with tokens come from commits alone, and those of earlier ones are

@@ -14,6 +14,7 @@ use prometheus::{Encoder, IntGauge, Registry, TextEncoder, process_collector::Pr
 use self::maker::Maker;
 use crate::state::{Phase, State};
 
+pub(crate) use engine::StepDone;
 pub use engine::{EngineMetrics, Outcome};
 pub use requests::Timeline;
 

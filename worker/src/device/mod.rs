@@ -139,6 +139,15 @@ pub struct Allocated {
     pub workspace: u64,
 }
 
+/// Bytes of a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MachineMemory {
+    /// All.
+    pub total: u64,
+    /// Used by nobody.
+    pub free: u64,
+}
+
 /// One rank's machine.
 ///
 /// Widths and row counts must fit the buffers; implementations assert it. `Rows` have room for the largest step.
@@ -199,6 +208,14 @@ pub trait Device {
 
     /// Bytes allocated so far.
     fn allocated(&self) -> Allocated;
+
+    /// Memory of the machine, where it is the rank's own.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn memory(&self) -> Result<MachineMemory, DeviceError> {
+        Ok(MachineMemory::default())
+    }
 
     /// Test instrument: makes this rank's residual stream differ from the others' from now on.
     fn disturb(&mut self);

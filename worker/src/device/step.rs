@@ -96,6 +96,8 @@ pub struct Landed {
     pub outs: Vec<HeadOut>,
     /// A hash over the residual stream; equal on all ranks of a group, or one of them is wrong.
     pub fingerprint: u64,
+    /// It ran from a recording.
+    pub replayed: bool,
 }
 
 /// A step that does not fit the device. The scheduler keeps these bounds; this is a defect of the caller.

@@ -5,7 +5,7 @@ use std::{error::Error, sync::Arc};
 use swallow_schedule::{SeqId, Step};
 
 use crate::{
-    group::{Group, GroupError, StepResult},
+    group::{Group, GroupError, MemoryReport, StepResult},
     sampling::SamplingParams,
 };
 
@@ -22,6 +22,11 @@ pub trait Runner {
 
     /// Steps that may be launched before the first of them is finished; at least 1.
     fn steps_ahead(&self) -> usize;
+
+    /// Bytes that it has allocated.
+    fn memory(&self) -> MemoryReport {
+        MemoryReport::default()
+    }
 
     /// Begins a step.
     ///
@@ -49,6 +54,10 @@ impl Runner for Group {
 
     fn steps_ahead(&self) -> usize {
         Group::steps_ahead(self)
+    }
+
+    fn memory(&self) -> MemoryReport {
+        Group::memory(self).clone()
     }
 
     fn launch(&mut self, step: &Step) -> Result<(), GroupError> {

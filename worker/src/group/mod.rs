@@ -118,6 +118,10 @@ pub struct RankMemory {
     pub kv_bytes: u64,
     /// Activations, scratch and exchange.
     pub workspace_bytes: u64,
+    /// All memory of the rank's GPU; 0 on processors.
+    pub gpu_bytes: u64,
+    /// What of it nobody uses.
+    pub gpu_free_bytes: u64,
 }
 
 /// Memory of a group.
@@ -158,6 +162,8 @@ pub struct StepResult {
     pub sampled: Vec<Sampled>,
     /// One for each work whose rows predict prompt tokens that are to be scored.
     pub prompt_scores: Vec<PromptScores>,
+    /// It ran from a recording.
+    pub replayed: bool,
 }
 
 impl StepResult {
@@ -324,12 +330,12 @@ impl Group {
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
-        let outs = self.land_oldest().inspect_err(|error| {
+        let landed = self.land_oldest().inspect_err(|error| {
             self.exchange.close();
             self.broken = Some(error.clone());
         })?;
         let flight = self.flights.pop_front().expect("it has landed just now");
-        Ok(collect(&flight.meta, outs))
+        Ok(collect(&flight.meta, landed))
     }
 
     /// Launches a step and waits for it; no other may be launched.
@@ -347,7 +353,7 @@ impl Group {
     }
 
     /// Reads the ranks' answers until the oldest step has landed on all of them.
-    fn land_oldest(&mut self) -> Result<Vec<HeadOut>, GroupError> {
+    fn land_oldest(&mut self) -> Result<Vec<Landed>, GroupError> {
         let deadline = Instant::now() + self.timeout;
         let mut failed: Vec<Option<(u64, Cause)>> = vec![None; self.members.len()];
         let oldest = |flights: &VecDeque<Flight>| flights.front().expect("a step is launched").meta.id.0;
@@ -405,7 +411,7 @@ impl Group {
     }
 
     /// The answers of all ranks to the oldest step, which agree on the residual stream.
-    fn agreed(&mut self) -> Result<Vec<HeadOut>, GroupError> {
+    fn agreed(&mut self) -> Result<Vec<Landed>, GroupError> {
         let flight = self.flights.front_mut().expect("a step is launched");
         let landed: Vec<Landed> = flight.landed.iter_mut().filter_map(Option::take).collect();
         let first = landed.first().map(|landed| landed.fingerprint);
@@ -416,7 +422,7 @@ impl Group {
                 cause: Cause::Device(DeviceError::Diverged(0)),
             });
         }
-        Ok(landed.into_iter().flat_map(|landed| landed.outs).collect())
+        Ok(landed)
     }
 
     /// Loading has no time limit: it depends on disks, and its progress is visible.
@@ -433,6 +439,8 @@ impl Group {
                     self.memory.total.weights_bytes += memory.weights_bytes;
                     self.memory.total.kv_bytes += memory.kv_bytes;
                     self.memory.total.workspace_bytes += memory.workspace_bytes;
+                    self.memory.total.gpu_bytes += memory.gpu_bytes;
+                    self.memory.total.gpu_free_bytes += memory.gpu_free_bytes;
                 }
                 Ok(Answer {
                     rank,
@@ -554,13 +562,18 @@ fn bytes_to_read(weights: &Weights, of: usize) -> u64 {
 }
 
 /// Puts the ranks' answers in the order of the step's asks.
-fn collect(meta: &StepMeta, mut outs: Vec<HeadOut>) -> StepResult {
+fn collect(meta: &StepMeta, landed: Vec<Landed>) -> StepResult {
+    let replayed = landed.iter().all(|landed| landed.replayed);
+    let mut outs: Vec<HeadOut> = landed.into_iter().flat_map(|landed| landed.outs).collect();
     outs.sort_unstable_by_key(|out| out.ask);
     assert!(
         outs.iter().map(|out| out.ask).eq(0..meta.asks.len()),
         "each ask is answered once"
     );
-    let mut result = StepResult::default();
+    let mut result = StepResult {
+        replayed,
+        ..StepResult::default()
+    };
     for (ask, out) in meta.asks.iter().zip(outs) {
         match (ask.what, out.score) {
             (HeadUse::Sample { .. }, score) => {

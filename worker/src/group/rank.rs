@@ -167,11 +167,13 @@ impl Member {
             block_tokens: self.spec.block_tokens,
         };
         let llama = Llama::load(&mut device, &self.weights, spec, &self.progress.bytes_done)?;
-        let bytes = device.allocated();
+        let (bytes, gpu) = (device.allocated(), device.memory()?);
         let memory = RankMemory {
             weights_bytes: bytes.weights,
             kv_bytes: bytes.kv,
             workspace_bytes: bytes.workspace,
+            gpu_bytes: gpu.total,
+            gpu_free_bytes: gpu.free,
         };
         Ok((device, llama, memory))
     }

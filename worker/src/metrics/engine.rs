@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge};
+use prometheus::{Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 use swallow_schedule::{Finish, Load};
 
 use super::{Sizes, Timeline, maker::Maker, requests::Requests};
+use crate::group::MemoryReport;
 
 const STEP_TOKEN_BUCKETS: &[f64] = &[
     1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0,
@@ -33,8 +34,23 @@ pub struct EngineMetrics {
     prefix_queries: IntCounter,
     prefix_hits: IntCounter,
     step_tokens: Histogram,
-    step_seconds: Histogram,
+    step_seconds: HistogramVec,
+    steps: IntCounterVec,
+    memory: IntGaugeVec,
     requests: Requests,
+}
+
+/// A step that is done.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepDone {
+    /// Rows of prompts.
+    pub(crate) prefill: u32,
+    /// Rows that each give a token after the first.
+    pub(crate) decode: u32,
+    /// Its time.
+    pub(crate) took: Duration,
+    /// It ran from a recording.
+    pub(crate) replayed: bool,
 }
 
 /// How a request ended, for the `finished_reason` label.
@@ -77,6 +93,14 @@ impl EngineMetrics {
         for label in Outcome::LABELS {
             success.with_label_values(&[label]); // A rate needs the zero before the first event.
         }
+        let steps = make.counters(
+            "swallow_worker_steps_total",
+            "Steps, by how their kernels were launched: from a recording or one by one",
+            "launch",
+        )?;
+        for label in ["recorded", "single"] {
+            steps.with_label_values(&[label]);
+        }
         Ok(Self {
             running: make.gauge("vllm:num_requests_running", "Requests in the running batch")?,
             waiting: make.gauge(
@@ -117,14 +141,50 @@ impl EngineMetrics {
                 "Rows of a step",
                 STEP_TOKEN_BUCKETS,
             )?,
-            step_seconds: make.histogram("swallow_worker_step_seconds", "Time of a step", STEP_BUCKETS)?,
+            step_seconds: make.histograms(
+                "swallow_worker_step_seconds",
+                "Time of a step, by what its rows do",
+                STEP_BUCKETS,
+                "kind",
+            )?,
+            steps,
+            memory: make.gauges(
+                "swallow_worker_memory_bytes",
+                "Memory of a rank: what it allocated, and its GPU's total and free memory after loading",
+                &["rank", "kind"],
+            )?,
             requests: Requests::register(make, sizes.max_model_len)?,
         })
     }
 
-    pub(crate) fn step(&self, rows: u32, took: Duration) {
-        self.step_tokens.observe(rows.into());
-        self.step_seconds.observe(took.as_secs_f64());
+    pub(crate) fn step(&self, step: StepDone) {
+        self.step_tokens.observe((step.prefill + step.decode).into());
+        let kind = match (step.prefill, step.decode) {
+            (0, _) => "decode",
+            (_, 0) => "prefill",
+            _ => "mixed",
+        };
+        self.step_seconds
+            .with_label_values(&[kind])
+            .observe(step.took.as_secs_f64());
+        let launch = if step.replayed { "recorded" } else { "single" };
+        self.steps.with_label_values(&[launch]).inc();
+    }
+
+    pub(crate) fn memory(&self, report: &MemoryReport) {
+        for (rank, memory) in report.ranks.iter().enumerate() {
+            let rank = rank.to_string();
+            for (kind, bytes) in [
+                ("weights", memory.weights_bytes),
+                ("kv_cache", memory.kv_bytes),
+                ("workspace", memory.workspace_bytes),
+                ("gpu_total", memory.gpu_bytes),
+                ("gpu_free", memory.gpu_free_bytes),
+            ] {
+                let gauge = self.memory.with_label_values(&[rank.as_str(), kind]);
+                gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+            }
+        }
     }
 
     pub(crate) fn load(&self, load: &Load) {

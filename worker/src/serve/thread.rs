@@ -63,6 +63,7 @@ impl EngineThread {
         };
         let engine_metrics = self.metrics.start_engine(sizes)?.clone();
         self.state.loaded(loaded.measured, loaded.limits.max_model_len);
+        engine_metrics.memory(&loaded.runner.memory());
         let facts = Arc::new(loaded.facts);
         let (inbox_tx, inbox) = mpsc::channel(INBOX_MAX);
         let open = Open {

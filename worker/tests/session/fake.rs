@@ -231,6 +231,7 @@ impl Runner for Fake {
         let mut result = StepResult {
             sampled: Vec::new(),
             prompt_scores: Vec::new(),
+            replayed: false,
         };
         for (work, sequence) in step.works.iter().zip(&sequences) {
             self.check(work, sequence);

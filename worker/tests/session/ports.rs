@@ -133,7 +133,11 @@ async fn state_and_metrics_tell_what_happened() {
     );
     assert_eq!(value(r#"vllm:request_success_total{finished_reason="stop""#), 1.0);
     assert!(value(&format!("vllm:iteration_tokens_total_count{model}")) > 0.0);
-    assert!(value(&format!("swallow_worker_step_seconds_count{model}")) > 0.0);
+    for kind in ["decode", "prefill"] {
+        assert!(value(&format!("swallow_worker_step_seconds_count{{kind=\"{kind}\"")) > 0.0);
+    }
+    assert!(value(r#"swallow_worker_steps_total{launch="single""#) > 0.0);
+    assert_eq!(value(r#"swallow_worker_steps_total{launch="recorded""#), 0.0);
     assert!(value(r#"vllm:cache_config_info{block_size="4""#) == 1.0);
     assert!(text.contains("process_resident_memory_bytes"));
 }

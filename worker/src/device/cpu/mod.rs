@@ -521,7 +521,11 @@ impl Device for CpuDevice {
                 self.last_sampled[slot as usize] = unsafe { self.exchange.sampled(i % n_ranks) }[i];
             }
         }
-        self.landed.push_back(Landed { outs, fingerprint });
+        self.landed.push_back(Landed {
+            outs,
+            fingerprint,
+            replayed: false,
+        });
         Ok(())
     }
 

@@ -67,6 +67,7 @@ struct Side {
 pub(super) struct Flight {
     meta: Arc<StepMeta>,
     side: usize,
+    replayed: bool,
     plan: Plan,
     /// This rank's answers to asks that samplers have answered.
     answered: Vec<HeadOut>,
@@ -209,6 +210,7 @@ impl CudaDevice {
         self.flights.push_back(Flight {
             meta,
             side,
+            replayed: step.fixed,
             plan,
             answered,
         });
@@ -365,6 +367,7 @@ impl CudaDevice {
         Ok(Landed {
             outs,
             fingerprint: side.hash[0],
+            replayed: flight.replayed,
         })
     }
 

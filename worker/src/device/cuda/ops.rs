@@ -13,8 +13,8 @@ use super::{
     nccl::Numbers,
 };
 use crate::device::{
-    Allocated, Device, DeviceError, Heads, KvShape, Landed, Norm, Part, RandomTensor, Source, StepMeta,
-    VocabSplit,
+    Allocated, Device, DeviceError, Heads, KvShape, Landed, MachineMemory, Norm, Part, RandomTensor, Source,
+    StepMeta, VocabSplit,
 };
 
 /// Threads of a block of most kernels.
@@ -291,6 +291,14 @@ impl Device for CudaDevice {
 
     fn allocated(&self) -> Allocated {
         self.allocated
+    }
+
+    fn memory(&self) -> Result<MachineMemory, DeviceError> {
+        let (free, total) = self.gpu.memory()?;
+        Ok(MachineMemory {
+            total: total as u64,
+            free: free as u64,
+        })
     }
 
     fn disturb(&mut self) {
