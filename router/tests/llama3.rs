@@ -227,3 +227,44 @@ fn japanese_streams_in_whole_characters() {
     assert_eq!(whole, text);
     assert_eq!(tokenizer.added_token("<|eot_id|>"), Some(128_009));
 }
+
+/// tiktoken is another implementation of the same tokenizer, in the environment of the evaluation tests.
+#[test]
+fn random_texts_have_the_ids_that_the_reference_gives() {
+    const TEST: &str = "random_texts_have_the_ids_that_the_reference_gives";
+    const COUNT: usize = 100_000;
+    let Some(folder) = folder(TEST) else { return };
+    let python = std::env::var_os("SWALLOW_CACHE")
+        .map(|cache| PathBuf::from(cache).join("evaluation-venv/bin/python"))
+        .filter(|python| python.exists());
+    let Some(python) = python else {
+        writeln!(
+            io::stderr(),
+            "skipped: {TEST}: there is no evaluation-venv in SWALLOW_CACHE"
+        )
+        .expect("standard error is open");
+        return;
+    };
+    let seed = fastrand::u32(..).to_string();
+    println!("{TEST}: seed {seed}");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/llama3_reference.py");
+    let out = Command::new(python)
+        .arg(script)
+        .arg(&folder)
+        .args([&seed, &COUNT.to_string()])
+        .output()
+        .expect("python runs");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let (tokenizer, mut checked) = (tokenizer(&folder), 0);
+    for line in String::from_utf8(out.stdout).expect("ASCII").lines() {
+        let (text, expected): (String, Vec<u32>) = serde_json::from_str(line).expect("a pair");
+        assert_eq!(
+            tokenizer.encode(&text, false).expect("text"),
+            expected,
+            "{text:?}"
+        );
+        assert_eq!(tokenizer.decode(&expected, false), text.as_bytes(), "{text:?}");
+        checked += 1;
+    }
+    assert_eq!(checked, COUNT);
+}

@@ -356,3 +356,44 @@ fn tokenising_grows_no_faster_than_the_text() {
         "four times the text took {large:?} after {small:?}"
     );
 }
+
+/// Four times the text takes at most five times the time, where the text has pieces: a piece of its own, however long, is
+/// joined with a heap, which the test above bounds.
+#[test]
+fn tokenising_takes_time_in_proportion_to_the_pieces() {
+    const BYTES: usize = 1 << 16;
+    let file = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../tests/fixtures/tiny/tokenizer.json"
+    );
+    let file = std::fs::read(file).expect("a fixture");
+    let tokenizer = Tokenizer::load(&file, None, None).expect("Llama 3's kind");
+    let seconds = |text: &str| {
+        let started = Instant::now();
+        assert!(!tokenizer.encode(text, false).expect("text").is_empty());
+        started.elapsed().as_secs_f64()
+    };
+    let mut rng = rng("tokenising_takes_time_in_proportion_to_the_pieces");
+    let mut words = String::new();
+    while words.len() < BYTES {
+        words += rng
+            .choice(["What ", "三十五", "is,", "\n\n", "12 ", "plus"])
+            .expect("some");
+    }
+    for text in ["7".repeat(BYTES), "a ".repeat(BYTES / 2), words] {
+        let quarter = text.chars().count() / 4;
+        let end = text.char_indices().nth(quarter).expect("long enough").0;
+        // Other work on the machine only adds time: the fastest of many runs counts.
+        let (mut short, mut long) = (f64::INFINITY, f64::INFINITY);
+        for _ in 0..30 {
+            short = short.min(seconds(&text[..end]));
+            long = long.min(seconds(&text));
+        }
+        let name: String = text.chars().take(9).collect();
+        println!("{name:?}: {:.2} and {:.2} ms", short * 1e3, long * 1e3);
+        assert!(
+            long <= 5.0 * short,
+            "{name:?}: {short} s, and {long} s for four times as much"
+        );
+    }
+}
