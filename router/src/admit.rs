@@ -231,14 +231,17 @@ impl Shared {
     }
 }
 
-/// The prompt's block keys for each block size in use; none where every prompt token has to be computed for its score.
+/// The block keys, for each block size in use, of what a cache may stand for: not of tokens that have to be computed
+/// for a score.
 fn keys(ask: &Ask, block_sizes: &[u32]) -> Vec<Keys> {
-    if ask.prompt_logprobs.is_some() {
-        return Vec::new();
-    }
+    let cacheable = match ask.prompt_logprobs {
+        // The token before the first that is scored predicts it.
+        Some(_) => &ask.prompt[..ask.prompt_logprobs_from.saturating_sub(1) as usize],
+        None => &ask.prompt[..],
+    };
     let keys = |&block_tokens: &u32| Keys {
         block_tokens,
-        keys: prefix::keys(ask.cache_salt, block_tokens as usize, &ask.prompt),
+        keys: prefix::keys(ask.cache_salt, block_tokens as usize, cacheable),
     };
     block_sizes.iter().map(keys).collect()
 }

@@ -69,6 +69,8 @@ pub struct Ask {
     pub logprobs: Option<u32>,
     /// The same for prompt tokens.
     pub prompt_logprobs: Option<u32>,
+    /// Of those from this position on; below the prompt's length, and 1 at least, since nothing predicts the first.
+    pub prompt_logprobs_from: u32,
     /// Blocks are shared only under equal salts.
     pub cache_salt: u64,
     /// The client's deadline.
@@ -98,7 +100,7 @@ pub enum Event {
         /// Prompt tokens that came from its prefix cache.
         cached_tokens: u32,
     },
-    /// Scores of prompt positions 1.. in order, before any token; one event with all of them.
+    /// Scores of the prompt positions that were asked for, in order, before any token; one event with all of them.
     PromptScores(Vec<Score>),
     /// Next tokens of a candidate; a stop token is among them, as the last.
     Tokens {

@@ -385,6 +385,7 @@ fn prepared(
         grammar: request.grammar.map(Arc::new),
         logprobs: request.logprobs,
         prompt_logprobs: request.prompt_logprobs,
+        prompt_logprobs_from: request.prompt_logprobs_from,
         cache_salt: swallow_proto::prefix::salt(&request.cache_salt),
         deadline: request.deadline,
         max_queue_wait: request.max_queue_wait,
@@ -436,8 +437,8 @@ fn max_tokens(stop: &Stop, prompt: usize, context: u32) -> Result<u32, Invalid> 
     }
 }
 
-/// `work`, unless the deadline passes first.
-async fn in_time<T>(
+/// `work`, unless the client's deadline passes first.
+pub(crate) async fn in_time<T>(
     deadline: Option<Instant>,
     work: impl Future<Output = Result<T, Fault>>,
 ) -> Result<T, Fault> {

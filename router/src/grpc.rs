@@ -6,6 +6,7 @@
 mod health;
 mod models;
 mod parse;
+mod score;
 mod serve;
 mod status;
 mod write;

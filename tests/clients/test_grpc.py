@@ -109,3 +109,34 @@ def test_a_conversation_goes_on_with_its_last_message(stubs, channel):
     request.messages.add(role=stubs.chat.ROLE_ASSISTANT, content=head)
     rest = service.Chat(request, timeout=60).candidates[0].message.content
     assert head + rest == whole
+
+
+def test_scores_are_the_sums_of_prompt_logprobs_over_one_context(stubs, channel):
+    service = stubs.generation_grpc.GenerationServiceStub(channel)
+    context = "Count: " + "one two three four five six seven eight " * 30 + "is"
+    words = [" nine", " a word", "、三十五", " one two three"]
+    continuation = stubs.generation.ScoreRequest.Continuation
+    request = stubs.generation.ScoreRequest(
+        model="tiny", text=context, continuations=[continuation(text=word) for word in words]
+    )
+    answer = service.Score(request, timeout=60)
+    tokenizer = stubs.model_grpc.TokenizationServiceStub(channel)
+
+    def tokens(text):
+        return list(tokenizer.Tokenize(stubs.model.TokenizeRequest(model="tiny", text=text), timeout=60).tokens.ids)
+
+    n_context = len(tokens(context))
+    whole = stubs.common.LogprobOptions(prompt=True)
+    stop = stubs.common.StopCriteria(max_output_tokens=0)
+    for word, score in zip(words, answer.scores):
+        alone = service.Generate(
+            stubs.generation.GenerateRequest(model="tiny", text=context + word, logprobs=whole, stop=stop), timeout=60
+        )
+        expected = alone.prompt_logprobs[n_context:]
+        assert score.token_count == len(expected) > 0
+        assert score.logprob == pytest.approx(sum(token.logprob for token in expected), abs=1e-4)
+        assert score.is_greedy == all(token.rank == 1 for token in expected)
+    # The context is computed once, up to the border of a block: every other continuation finds it in the cache.
+    computed = answer.usage.prompt_tokens - answer.usage.cached_prompt_tokens
+    n_tokens = sum(score.token_count for score in answer.scores)
+    assert n_context > 200 and computed <= n_context + n_tokens + 16 * len(words), (n_context, n_tokens, answer.usage)

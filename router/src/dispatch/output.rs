@@ -20,15 +20,18 @@ pub(super) struct Output {
 
 #[derive(Debug)]
 struct PromptScores {
-    /// Index `i` is position `i + 1`.
+    /// The position of the first of them.
+    from: usize,
     scores: Vec<Option<Score>>,
     missing: usize,
 }
 
 impl Output {
     pub fn new(ask: &Ask) -> Self {
-        let positions = ask.prompt.len() - 1;
+        let from = ask.prompt_logprobs_from as usize;
+        let positions = ask.prompt.len() - from;
         let nothing = || PromptScores {
+            from,
             scores: vec![None; positions],
             missing: positions,
         };
@@ -65,11 +68,16 @@ impl Output {
     /// The score of a prompt position, 1 or more. A preempted prompt is computed again and may be scored again: the
     /// first word stands.
     pub fn push_prompt_score(&mut self, position: u32, score: Score) {
-        let Some(PromptScores { scores, missing }) = &mut self.prompt_scores else {
+        let Some(PromptScores {
+            from,
+            scores,
+            missing,
+        }) = &mut self.prompt_scores
+        else {
             return;
         };
         let place = (position as usize)
-            .checked_sub(1)
+            .checked_sub(*from)
             .and_then(|index| scores.get_mut(index));
         if let Some(empty @ None) = place {
             *empty = Some(score);
@@ -175,6 +183,7 @@ mod tests {
             grammar: None,
             logprobs: None,
             prompt_logprobs,
+            prompt_logprobs_from: 1,
             cache_salt: 0,
             deadline: None,
             max_queue_wait: None,

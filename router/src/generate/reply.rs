@@ -55,7 +55,7 @@ pub enum Piece {
         /// Prompt tokens that were not computed.
         cached_tokens: u32,
     },
-    /// Scores of prompt positions from 1.
+    /// Scores of the prompt positions that were asked for.
     PromptScores(Vec<Score>),
     /// More of a candidate.
     Delta {

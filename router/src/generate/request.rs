@@ -113,6 +113,8 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// Scores of prompt tokens.
     pub prompt_logprobs: Option<u32>,
+    /// Of those from this position on; 1 is all, since nothing predicts the first. Within the prompt.
+    pub prompt_logprobs_from: u32,
     /// Independent continuations.
     pub candidates: u32,
     /// Leave control tokens out of the text.

@@ -166,6 +166,7 @@ impl Common {
                 logprobs.prompt,
                 logprobs.prompt_top_n,
             )?,
+            prompt_logprobs_from: 1,
             candidates: self.candidate_count.max(1),
             skip_special: true,
             shown: None,
@@ -197,7 +198,7 @@ fn switched(field: &'static str, switch: &str, on: bool, top_n: u32) -> Result<O
     }
 }
 
-fn wait(wire: prost_types::Duration) -> Result<Duration, Invalid> {
+pub(super) fn wait(wire: prost_types::Duration) -> Result<Duration, Invalid> {
     Duration::try_from(wire).map_err(|_| Invalid::new("policy.max_queue_wait", "must not be negative"))
 }
 

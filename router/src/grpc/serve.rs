@@ -211,6 +211,16 @@ impl GenerationService for Services {
         outcome.map(Response::new).map_err(|fault| status(&fault, field))
     }
 
+    async fn score(
+        &self,
+        request: tonic::Request<wire::ScoreRequest>,
+    ) -> Result<Response<wire::ScoreResponse>, Status> {
+        let mut call = self.call("Score");
+        let outcome = self.scored(request, &mut call).await;
+        call.ended(code(outcome.as_ref().map(|_| ())));
+        outcome.map(Response::new).map_err(|fault| status(&fault, field))
+    }
+
     async fn stream_generate(
         &self,
         request: tonic::Request<wire::StreamGenerateRequest>,

@@ -64,6 +64,7 @@ impl Common {
             grammar: self.grammar.clone(),
             logprobs,
             prompt_logprobs,
+            prompt_logprobs_from: 1,
             candidates: self.n,
             skip_special: self.skip_special,
             // Where calls are looked for, the token that marks them is text.

@@ -298,6 +298,7 @@ mod tests {
             grammar: None,
             logprobs: Some(0),
             prompt_logprobs: None,
+            prompt_logprobs_from: 1,
             cache_salt: 0,
             deadline: None,
             max_queue_wait: None,

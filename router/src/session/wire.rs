@@ -26,6 +26,10 @@ pub(super) fn request(ask: &Ask, handle: u32, attempt: u32, part: &Part) -> rpc:
         ignore_eos: ask.ignore_eos,
         logprobs: ask.logprobs,
         prompt_logprobs: ask.prompt_logprobs.filter(|_| scores_prompt),
+        // 0 is all of them, as for a prompt of one token.
+        prompt_logprobs_from: Some(ask.prompt_logprobs_from)
+            .filter(|&from| scores_prompt && from > 1)
+            .unwrap_or(0),
         budget: None,
         cache_salt: ask.cache_salt,
         resumed_tokens: u32::try_from(part.said.len()).expect("at most max_tokens"),

@@ -219,6 +219,7 @@ fn ask(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Ask {
         grammar: None,
         logprobs: None,
         prompt_logprobs: None,
+        prompt_logprobs_from: 1,
         cache_salt: 0,
         deadline: None,
         max_queue_wait: None,

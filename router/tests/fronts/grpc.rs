@@ -4,6 +4,7 @@ mod answers;
 mod errors;
 mod fields;
 mod models;
+mod scores;
 
 use std::time::{Duration, Instant};
 

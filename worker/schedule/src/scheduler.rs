@@ -41,7 +41,7 @@ pub(crate) struct Flown {
 /// #     max_waiting: 8, prefix_cache: true, key_of: |parent, block| block.len() as u64 ^ parent };
 /// let mut scheduler = Scheduler::new(limits);
 /// # let ask = Ask { id: SeqId(1), prompt: [5, 6, 7].into(), max_tokens: 2, min_tokens: 0, stop_ids: [].into(),
-/// #     root_key: 0, prompt_logprobs: false, deadline: None };
+/// #     root_key: 0, prompt_logprobs: false, prompt_logprobs_from: 0, deadline: None };
 /// scheduler.add(ask)?;
 /// while let Some(step) = scheduler.step(Micros(0)) {
 ///     // Here a device computes every row and samples where a work says so.

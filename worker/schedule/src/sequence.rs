@@ -61,6 +61,8 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     pub(crate) fn new(ask: Ask, arrival: Arrival) -> Self {
+        // The row before a position predicts it; rows that nobody asks for count as delivered.
+        let scored = (ask.prompt_logprobs_from as usize).saturating_sub(1);
         Self {
             tokens: ask.prompt.to_vec(),
             ask,
@@ -72,7 +74,7 @@ impl Sequence {
             computed: 0,
             unseen: 0,
             flights: 0,
-            scored: 0,
+            scored,
             started: false,
             window: u32::MAX,
             last_turn: 0,

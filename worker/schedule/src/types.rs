@@ -61,8 +61,10 @@ pub struct Ask {
     pub stop_ids: Arc<[u32]>,
     /// Key of the empty prefix: sequences share blocks only under equal roots.
     pub root_key: u64,
-    /// Every prompt position's log-probabilities are wanted, so no cached prefix may be skipped.
+    /// Every prompt position's log-probabilities are wanted, so no cached prefix may stand for them.
     pub prompt_logprobs: bool,
+    /// But not those of positions before this one, for which a cached prefix may stand.
+    pub prompt_logprobs_from: u32,
     /// It ends with `Finish::Deadline` at this time, wherever it is.
     pub deadline: Option<Micros>,
 }

@@ -92,6 +92,7 @@ pub(super) fn measure(
             stop_ids: [].into(),
             root_key: prefix::root(0),
             prompt_logprobs: false,
+            prompt_logprobs_from: 0,
             deadline: None,
         };
         scheduler

@@ -94,6 +94,8 @@ pub struct Order {
     pub ends_at_eos: bool,
     /// Prompt log-probabilities are wanted.
     pub prompt_logprobs: bool,
+    /// From this position on.
+    pub prompt_logprobs_from: u32,
     /// Key of the empty prefix under the request's salt.
     pub root_key: u64,
     /// Time from its arrival.

@@ -127,6 +127,7 @@ impl Door {
             stop_ids,
             ends_at_eos: !request.ignore_eos,
             prompt_logprobs: request.prompt_logprobs.is_some(),
+            prompt_logprobs_from: request.prompt_logprobs_from,
             root_key: prefix::root(request.cache_salt),
             budget,
             resumed: request.resumed_tokens,
@@ -150,6 +151,13 @@ impl Door {
         }
         if request.max_tokens == 0 && request.prompt_logprobs.is_none() {
             return Err("max_tokens is 0; send at least 1, or 0 with prompt_logprobs".into());
+        }
+        let from = request.prompt_logprobs_from;
+        if from > 0 && from as usize >= request.prompt_ids.len() {
+            return Err(format!(
+                "prompt_logprobs_from is {from}; send less than prompt_ids has, {}",
+                request.prompt_ids.len()
+            ));
         }
         if request.min_tokens > request.max_tokens {
             return Err(format!(

@@ -185,6 +185,7 @@ impl<R: Runner> Engine<R> {
             stop_ids: order.stop_ids,
             root_key: order.root_key,
             prompt_logprobs: order.prompt_logprobs,
+            prompt_logprobs_from: order.prompt_logprobs_from,
             deadline,
         };
         self.scheduler.add(ask)?;

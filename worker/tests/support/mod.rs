@@ -192,6 +192,7 @@ impl Engine {
             stop_ids: request.params.stop_ids.clone(),
             root_key: swallow_proto::prefix::root(0),
             prompt_logprobs: request.params.prompt_logprobs.is_some(),
+            prompt_logprobs_from: 0,
             deadline: None,
         };
         self.scheduler.add(ask).unwrap_or_else(|e| panic!("{e}"));

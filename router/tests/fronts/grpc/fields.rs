@@ -3,7 +3,7 @@
 use super::*;
 
 /// The code and the field of a refusal.
-fn refused(status: &Status) -> (Code, String) {
+pub(super) fn refused(status: &Status) -> (Code, String) {
     let details = status.get_error_details();
     assert_eq!(
         details.error_info().map(|info| info.domain.as_str()),

@@ -178,6 +178,7 @@ pub fn ask(id: u64, prompt: &[u32], max_tokens: u32) -> Ask {
         stop_ids: [].into(),
         root_key: 7,
         prompt_logprobs: false,
+        prompt_logprobs_from: 0,
         deadline: None,
     }
 }

@@ -175,6 +175,34 @@ fn prompt_logprobs_take_no_prefix_but_leave_one() {
 }
 
 #[test]
+fn a_cached_prefix_stands_for_positions_that_nobody_asks_for() {
+    let mut engine = Engine::new(limits());
+    let prompt = text(1, 17);
+    let from = |id, prompt_logprobs_from| Ask {
+        prompt_logprobs: true,
+        prompt_logprobs_from,
+        ..ask(id, &prompt, 0)
+    };
+    engine.add(from(1, 14));
+    let first = engine.drain(0);
+    engine.add(from(2, 14));
+    let second = engine.drain(0);
+    assert_eq!(engine.cached_tokens[&SeqId(2)], 12);
+    for (steps, rows) in [(first, [13, 4]), (second, [1, 4])] {
+        let works: Vec<_> = steps.iter().flat_map(|step| &step.works).collect();
+        let asked: Vec<_> = works
+            .iter()
+            .map(|work| (work.rows(), work.prompt_logprobs))
+            .collect();
+        assert_eq!(
+            asked,
+            [(rows[0], false), (rows[1], true)],
+            "row 13 predicts position 14"
+        );
+    }
+}
+
+#[test]
 fn cancel_ends_a_sequence_in_any_state() {
     let mut engine = Engine::new(Limits {
         max_running: 1,

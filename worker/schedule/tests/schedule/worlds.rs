@@ -191,6 +191,7 @@ impl World {
             stop_ids: (0..n_stops).map(|_| rng.u32(0..self.vocab)).collect(),
             root_key: rng.u64(0..2),
             prompt_logprobs,
+            prompt_logprobs_from: 0,
             deadline: (rng.u32(0..6) == 0).then(|| Micros(self.now.0 + rng.u64(0..600))),
         }
     }
