@@ -51,12 +51,19 @@ impl Shared {
         if core.queue.front(entry.id).is_none() && self.try_place(&mut core, &flight, now)? {
             return Ok(flight);
         }
-        let waiting = self.waiting(&flight, now);
-        core.queue
-            .push(waiting, now)
-            .map_err(|Full { what, retry_after }| Refusal::QueueFull { what, retry_after })?;
+        let waiting = self.waiting(&core, &flight, now);
+        let full = |Full { what, retry_after }| Refusal::QueueFull { what, retry_after };
+        let pushed_out = core.queue.push(waiting, now).map_err(full)?;
         flight.queued();
         core.waiting.insert(flight.id, Arc::clone(&flight));
+        let retry_after = core.queue.retry_after(now);
+        for out in pushed_out {
+            let flight = core.waiting.remove(&out.id).expect("who is queued is known");
+            flight.refuse(Refusal::QueueFull {
+                what: "others have a claim to",
+                retry_after,
+            });
+        }
         self.observer.queue(core.queue.depth());
         drop(core);
         self.wake_clock();
@@ -127,7 +134,7 @@ impl Shared {
     /// A request that lost its place comes back at the front.
     pub fn wait_again(&self, core: &mut Core, flight: &Arc<Flight>) {
         let now = self.now();
-        let waiting = self.waiting(flight, now);
+        let waiting = self.waiting(core, flight, now);
         core.wait(flight, waiting, now);
         self.observer.queue(core.queue.depth());
         self.wake_clock();
@@ -208,8 +215,9 @@ impl Shared {
         self.observer.queue(core.queue.depth());
     }
 
-    fn waiting(&self, flight: &Flight, now: Duration) -> Waiting {
+    fn waiting(&self, core: &Core, flight: &Flight, now: Duration) -> Waiting {
         let ask = &flight.ask;
+        let expected = core.model(flight.model).fleet.expected_output(ask.max_tokens);
         let longest = ask.max_queue_wait.map_or(self.config.max_queue_wait, |own| {
             own.min(self.config.max_queue_wait)
         });
@@ -219,7 +227,11 @@ impl Shared {
         Waiting {
             id: flight.id,
             model: flight.model,
+            tenant: ask.share.tenant,
+            weight: ask.share.weight,
+            priority: ask.share.priority,
             tokens: ask.prompt.len() as u64,
+            work: ask.prompt.len() as u64 + u64::from(expected) * u64::from(ask.candidates),
             bytes: (size_of_val(&*ask.prompt) + options + keys) as u64 + REQUEST_BYTES,
             since: now,
             until: deadline

@@ -8,6 +8,8 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::keys::Share;
+
 /// Sampling values as the client gave them; absent ones are the worker's to fill from the model's own defaults.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sampling {
@@ -73,6 +75,8 @@ pub struct Ask {
     pub prompt_logprobs_from: u32,
     /// Blocks are shared only under equal salts.
     pub cache_salt: u64,
+    /// Whose it is.
+    pub share: Share,
     /// The client's deadline.
     pub deadline: Option<Instant>,
     /// Longest wait for a replica; the router's own limit also holds.

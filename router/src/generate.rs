@@ -387,6 +387,7 @@ fn prepared(
         prompt_logprobs: request.prompt_logprobs,
         prompt_logprobs_from: request.prompt_logprobs_from,
         cache_salt: swallow_proto::prefix::salt(&request.cache_salt),
+        share: crate::keys::share(),
         deadline: request.deadline,
         max_queue_wait: request.max_queue_wait,
     };

@@ -13,6 +13,7 @@ pub mod generate;
 pub mod grpc;
 mod guard;
 pub mod http;
+pub mod keys;
 pub mod log;
 pub mod metrics;
 pub mod models;

@@ -12,6 +12,7 @@ use swallow_router::{
     generate::Door,
     grpc,
     http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
+    keys::{ApiKeys, KeysError},
     log,
     metrics::Metrics,
     openai, probe,
@@ -42,6 +43,9 @@ enum RunError {
     /// There is no API server to ask.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
+    /// Nobody could be let in.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
     /// A task is gone that nothing works without.
     #[error("{0}; the process ends, because it would answer nobody")]
     Panicked(#[from] Panicked),
@@ -86,6 +90,7 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     let grpc_listener = listen("grpc-listen", args.grpc_listen).await?;
     let http_listener = listen("http-listen", args.http_listen).await?;
     let metrics = Arc::new(Metrics::new());
+    let keys = args.api_keys.as_deref().map(ApiKeys::load).transpose()?;
     let (dispatcher, supervisor) = dispatch(args, fixed, &metrics)?;
     let vitals = supervisor.vitals();
     let door = Door::new(Arc::new(dispatcher), Arc::clone(&metrics));
@@ -101,7 +106,14 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     let max_bytes = args.max_body_bytes as usize;
     let (shutdown_handle, shutdown) = ShutdownHandle::new();
     let places = Places::new(open_files());
+    if let Some(keys) = &keys {
+        tokio::spawn(vitals.clone().guard("API keys".into(), keys.clone().follow()));
+    }
     let serve = |listener, protocol: Protocol, router| {
+        let router = match &keys {
+            Some(keys) => keys.guard(router, protocol),
+            None => router,
+        };
         let port = Port {
             listener,
             protocol,

@@ -1,6 +1,6 @@
 //! The router's arguments.
 
-use std::{fmt, net::SocketAddr, str::FromStr};
+use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
 
 use clap::Args;
 
@@ -162,6 +162,9 @@ pub struct RouterArgs {
     /// How long open streams may finish after SIGTERM and the shutdown delay
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout_seconds: u32,
+    /// File of the API keys that are asked for, read again when it changes; without it, nobody is told apart
+    #[arg(long, value_name = "FILE")]
+    pub api_keys: Option<PathBuf>,
     /// Form of log lines
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
@@ -186,6 +189,7 @@ impl RouterArgs {
         argv.optional("connection-grace-seconds", self.connection_grace_seconds);
         argv.flag("shutdown-delay-seconds", self.shutdown_delay_seconds);
         argv.flag("drain-timeout-seconds", self.drain_timeout_seconds);
+        argv.optional("api-keys", self.api_keys.as_ref().map(|path| path.display()));
         argv.choice("log-format", self.log_format);
         argv.0
     }
@@ -223,6 +227,7 @@ mod tests {
             namespace: Some("team-a".into()),
             probe_listen: Some(([0, 0, 0, 0], 8081).into()),
             max_connection_seconds: Some(0),
+            api_keys: Some("/etc/swallow/keys.json".into()),
             shutdown_delay_seconds: 5,
             max_queued_bytes: 1 << 40,
             log_format: LogFormat::Json,

@@ -204,6 +204,13 @@ fn healthy<'a>(fleet: &'a Fleet, ask: &Ask<'_>, now: Duration) -> Result<Vec<Can
             until = until.into_iter().chain(replica.breaker.opens_at()).min();
         }
     }
+    // Where somebody else may have room, those that just had none are left alone.
+    if healthy
+        .iter()
+        .any(|candidate| candidate.replica.busy_until <= now)
+    {
+        healthy.retain(|candidate| candidate.replica.busy_until <= now);
+    }
     if healthy.is_empty() {
         Err(Blocked::Resting { until })
     } else {

@@ -51,6 +51,8 @@ pub enum Ending {
     },
     /// The replica failed.
     Failed,
+    /// It had no room after all, though it had invited the request.
+    Busy,
     /// Cancelled, refused, too late: nothing is said about the replica.
     Neutral,
 }
@@ -82,6 +84,10 @@ pub struct Replica {
     prefill_correction: i64,
     /// Requests of other routers.
     foreign_requests: u64,
+    /// It had no room: others are asked first until then.
+    pub(crate) busy_until: Duration,
+    /// How often in a row.
+    pushes: u32,
 }
 
 impl Replica {
@@ -96,7 +102,16 @@ impl Replica {
             work: Work::default(),
             prefill_correction: 0,
             foreign_requests: 0,
+            busy_until: Duration::ZERO,
+            pushes: 0,
         }
+    }
+
+    /// It had no room. That is no failure, but whoever asks again at once hears the same.
+    fn pushed_back(&mut self, now: Duration) {
+        let doublings = self.pushes.min(8);
+        self.busy_until = now + BUSY_MIN.saturating_mul(1 << doublings).min(BUSY_MAX);
+        self.pushes += 1;
     }
 
     /// It may be given requests, its breaker and credits aside.
@@ -132,6 +147,9 @@ impl Replica {
     }
 }
 
+/// How long a replica without room is asked after all others: some steps at first, then the time in which requests end.
+const BUSY_MIN: Duration = Duration::from_millis(50);
+const BUSY_MAX: Duration = Duration::from_secs(1);
 /// The first guess of how long an answer is.
 const EXPECTED_TOKENS: f64 = 256.0;
 /// How much one answer changes the guess.
@@ -342,10 +360,19 @@ impl Fleet {
         };
         replica.work.apply(delta);
         match ending {
-            Ending::Well { .. } => replica.breaker.succeeded(),
+            Ending::Well { .. } => {
+                replica.pushes = 0;
+                replica.breaker.succeeded();
+            }
             Ending::Failed => replica.breaker.failed(now, draw),
-            Ending::Neutral if probe => replica.breaker.probe_left(now),
-            Ending::Neutral => {}
+            Ending::Busy | Ending::Neutral => {
+                if probe {
+                    replica.breaker.probe_left(now);
+                }
+                if ending == Ending::Busy {
+                    replica.pushed_back(now);
+                }
+            }
         }
     }
 

@@ -8,6 +8,7 @@
 mod breaker;
 mod choose;
 mod fleet;
+mod lines;
 mod prefix;
 mod queue;
 mod rate;
@@ -18,7 +19,7 @@ pub use breaker::{Breaker, FAILURES_TO_OPEN, REST_MAX, REST_MIN};
 pub use choose::{Ask, Blocked, Choice, Keys, Why, choose};
 pub use fleet::{Capacity, Ending, Fleet, Load, Replica, ReplicaId};
 pub use prefix::{KNOWN_MAX, Matched, PREDICTED_MAX, PrefixIndex};
-pub use queue::{Depth, Full, Limits, ModelId, Queue, RequestId, Waiting};
+pub use queue::{Depth, Full, Limits, ModelId, Priority, Queue, RequestId, TenantId, Waiting};
 pub use rate::{DrainRate, RETRY_MAX, RETRY_MIN};
 pub use retry::RetryBudget;
 pub use work::{Delta, Ticket, Work};

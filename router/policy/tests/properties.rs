@@ -3,8 +3,8 @@
 use std::{collections::HashMap, time::Duration};
 
 use swallow_policy::{
-    Ask, Blocked, Capacity, Depth, Ending, Fleet, Keys, Limits, Load, ModelId, Queue, ReplicaId, RequestId,
-    Ticket, Waiting, Work, choose,
+    Ask, Blocked, Capacity, Depth, Ending, Fleet, Keys, Limits, Load, ModelId, Priority, Queue, ReplicaId,
+    RequestId, TenantId, Ticket, Waiting, Work, choose,
 };
 
 const BLOCK: u32 = 16;
@@ -292,14 +292,21 @@ fn the_queue_is_fair_bounded_and_adds_up() {
             let waiting = Waiting {
                 id: RequestId(next),
                 model,
+                tenant: TenantId(0),
+                weight: 1,
+                priority: Priority::Normal,
                 tokens: rng.u64(1..2_000),
+                work: rng.u64(1..2_000),
                 bytes: rng.u64(1..8_000),
                 since: now,
                 until: now + Duration::from_millis(rng.u64(0..2_000)),
             };
             match rng.u8(0..10) {
                 0..5 => match queue.push(waiting, now) {
-                    Ok(()) => line.push(waiting),
+                    Ok(out) => {
+                        assert_eq!(out, [], "seed {seed}: one tenant makes room for nobody");
+                        line.push(waiting);
+                    }
                     Err(full) => {
                         let depth = queue.depth();
                         let over = match full.what {
@@ -373,7 +380,11 @@ fn a_queue_that_drains_steadily_tells_the_truth_about_when() {
     let waiting = |id: u64, since: Duration| Waiting {
         id: RequestId(id),
         model: ModelId(0),
+        tenant: TenantId(0),
+        weight: 1,
+        priority: Priority::Normal,
         tokens: 1_000,
+        work: 1_000,
         bytes: 1,
         since,
         until: Duration::MAX,

@@ -185,6 +185,7 @@ mod tests {
             prompt_logprobs,
             prompt_logprobs_from: 1,
             cache_salt: 0,
+            share: Default::default(),
             deadline: None,
             max_queue_wait: None,
         }

@@ -19,7 +19,16 @@ impl Observer for Metrics {
             .observe(waited.as_secs_f64());
     }
 
-    fn accepted(&self, model: &str, predicted_tokens: u32, _cached_tokens: u32) {
+    fn accepted(&self, model: &str, predicted_tokens: u32, cached_tokens: u32) {
+        let (sign, off) = if predicted_tokens > cached_tokens {
+            ("over", predicted_tokens - cached_tokens)
+        } else {
+            ("under", cached_tokens - predicted_tokens)
+        };
+        self.tokens
+            .misprediction
+            .with_label_values(&[model, sign])
+            .inc_by(off.into());
         self.tokens
             .predicted
             .with_label_values(&[model])

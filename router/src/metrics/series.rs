@@ -113,6 +113,7 @@ pub(super) struct Tokens {
     pub prompt: IntCounterVec,
     pub cached: IntCounterVec,
     pub predicted: IntCounterVec,
+    pub misprediction: IntCounterVec,
     pub output: IntCounterVec,
     pub first: HistogramVec,
     pub between: HistogramVec,
@@ -135,6 +136,12 @@ impl Tokens {
                 "predicted_cached_tokens_total",
                 "Prompt tokens that the router believed to be in the chosen replica's cache.",
                 MODEL,
+            ),
+            misprediction: make.counter(
+                "cache_misprediction_tokens_total",
+                "Prompt tokens of which the router believed wrongly that they were in the replica's cache (over), or that \
+                 they were not (under), by what the replica said when it began.",
+                &["model", "direction"],
             ),
             output: make.counter("output_tokens_total", "Tokens generated for clients.", MODEL),
             first: make.histogram(

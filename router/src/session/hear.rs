@@ -221,10 +221,10 @@ impl LinkState {
                 heard
                     .evicted
                     .push((Arc::clone(&entry.flight), entry.attempt, cause, text));
-                if failed && !draining {
-                    Ending::Failed
-                } else {
-                    Ending::Neutral
+                match cause {
+                    MoveCause::Lost => Ending::Failed,
+                    MoveCause::Busy => Ending::Busy,
+                    MoveCause::Draining => Ending::Neutral,
                 }
             }
         };
@@ -300,6 +300,7 @@ mod tests {
             prompt_logprobs: None,
             prompt_logprobs_from: 1,
             cache_salt: 0,
+            share: Default::default(),
             deadline: None,
             max_queue_wait: None,
         }

@@ -269,3 +269,69 @@ async fn shutdown_cuts_what_takes_too_long() {
         .until("the worker heard goodbye", |seen| seen.goodbyes == 1)
         .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tenants_take_turns_and_a_full_queue_is_shared() {
+    let worker = worker_with(|config| (config.credits, config.max_running) = (1, 1));
+    let limits = Limits {
+        requests: 30,
+        tokens: 1_000_000,
+        bytes: 100 << 20,
+    };
+    let house = house(&[&worker], |config| config.queue = limits).await;
+    worker.set(|config| config.hold = true);
+    let of = |tenant: u32, i: u32| {
+        let share = Share {
+            tenant: swallow_policy::TenantId(tenant),
+            ..Share::default()
+        };
+        Ask {
+            share,
+            ..ask([tenant, i].into_iter().chain(0..300), 2)
+        }
+    };
+    let order = Mutex::new(Vec::new());
+    let run = |tenant: u32, i: u32| {
+        let (house, order) = (&house, &order);
+        async move {
+            let ended = match house.dispatcher.generate(of(tenant, i)).await {
+                Ok(generation) => answer(generation).await.map(|_| ()).map_err(|_| ()),
+                Err(Refusal::QueueFull { .. }) => Err(()),
+                Err(other) => panic!("{other}"),
+            };
+            order.lock().expect("no panic").push((tenant, ended.is_ok()));
+        }
+    };
+    // One runs, thirty fill the queue.
+    let mut greedy: Vec<_> = (0..31).map(|i| Box::pin(run(1, i))).collect();
+    for run in &mut greedy {
+        assert!(futures::poll!(run).is_pending());
+    }
+    let mut modest: Vec<_> = (0..5).map(|i| Box::pin(run(2, i))).collect();
+    for run in &mut modest {
+        assert!(futures::poll!(run).is_pending(), "others make room");
+    }
+    worker.set(|config| config.hold = false);
+    tokio::join!(
+        futures::future::join_all(greedy),
+        futures::future::join_all(modest)
+    );
+    let order = order.into_inner().expect("no panic");
+    let turned_away = order.iter().filter(|(_, served)| !served).count();
+    assert_eq!(turned_away, 5);
+    assert!(order.iter().all(|(tenant, served)| *served || *tenant == 1));
+    let served: Vec<u32> = order
+        .iter()
+        .filter(|(_, served)| *served)
+        .map(|(tenant, _)| *tenant)
+        .collect();
+    let last = served
+        .iter()
+        .rposition(|tenant| *tenant == 2)
+        .expect("five were served");
+    assert!(
+        last < 16,
+        "the modest one does not wait for the whole of the other's line: {served:?}"
+    );
+    house.settles(1).await;
+}

@@ -29,6 +29,7 @@ use swallow_router::{
     ask::{Ask, Event, Failure, Finish, Refusal, Sampling},
     discover::{Fixed, Replica},
     dispatch::{Counts, DispatchConfig, Dispatcher, Generation, Supervisor},
+    keys::Share,
     observe::{MoveCause, Observer, ReplicaState},
 };
 use tokio::time::Instant;
@@ -221,6 +222,7 @@ fn ask(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Ask {
         prompt_logprobs: None,
         prompt_logprobs_from: 1,
         cache_salt: 0,
+        share: Share::default(),
         deadline: None,
         max_queue_wait: None,
     }

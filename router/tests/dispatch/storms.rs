@@ -138,6 +138,7 @@ async fn one_replica_of_three_that_pushes_back_costs_a_tenth_at_most() {
     let tried: u64 = workers.iter().map(|worker| worker.seen().requests).sum();
     let retries = tried - u64::from(load);
     println!("{served} of {load} served, {retries} retries");
+    assert_eq!(served, u64::from(load), "the others have room");
     assert!(retries <= u64::from(load) / 10 + 10, "{retries}");
     // Its pushing back is no failure: it is never taken for a broken one.
     assert!(house.told().choices.keys().all(|(_, why)| *why != "probe"));

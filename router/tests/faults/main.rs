@@ -4,6 +4,7 @@
 mod clients;
 mod floods;
 mod garbage;
+mod keys;
 #[path = "../support/mock_worker.rs"]
 mod mock_worker;
 mod process;
@@ -22,6 +23,7 @@ use swallow_router::{
     generate::Door,
     grpc::{self, Health},
     http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
+    keys::ApiKeys,
     metrics::Metrics,
     openai,
 };
@@ -75,6 +77,14 @@ async fn house(workers: &[&MockWorker], change: impl Fn(&mut Limits)) -> House {
 }
 
 async fn house_before(replicas: impl Iterator<Item = SocketAddr>, change: impl Fn(&mut Limits)) -> House {
+    house_of(replicas, change, None).await
+}
+
+async fn house_of(
+    replicas: impl Iterator<Item = SocketAddr>,
+    change: impl Fn(&mut Limits),
+    keys: Option<&ApiKeys>,
+) -> House {
     let set: Vec<Replica> = replicas
         .map(|address| Replica {
             id: address.to_string(),
@@ -110,6 +120,10 @@ async fn house_before(replicas: impl Iterator<Item = SocketAddr>, change: impl F
         (Protocol::Http, openai::router(door.clone(), MAX_BODY)),
         (Protocol::Grpc, grpc::router(&door, &health, MAX_BODY)),
     ] {
+        let router = match keys {
+            Some(keys) => keys.guard(router, protocol),
+            None => router,
+        };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         addresses.push(listener.local_addr().expect("bound"));
         let mut limits = Limits::of(protocol);
