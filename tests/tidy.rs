@@ -210,6 +210,33 @@ fn a_brain_has_no_clock_no_environment_and_no_dice() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// Where a wall clock is read, and for what: text for people. Deadlines, rates and ages are monotonic, and what crosses a
+/// wire is a duration, so that no clock that jumps or is wrong changes what happens.
+const WALL_CLOCKS: [&str; 2] = [
+    "router/src/generate.rs",      // The date that a chat template may print.
+    "router/src/openai/render.rs", // `created` of a response.
+];
+
+#[test]
+fn nothing_that_decides_reads_a_wall_clock() {
+    let mut found = BTreeSet::new();
+    for folder in ["router/src", "worker/src", "proto/src", "proto/rpc/src"] {
+        let source = root().join(folder);
+        for path in files(".rs").into_iter().filter(|path| path.starts_with(&source)) {
+            let reads = |line: &str| {
+                ["SystemTime::now", "Zoned::now", "Timestamp::now"]
+                    .iter()
+                    .any(|word| line.contains(word))
+            };
+            if code_lines(&read(&path)).any(|(_, line)| reads(line)) {
+                found.insert(name(&path));
+            }
+        }
+    }
+    let expected: BTreeSet<String> = WALL_CLOCKS.map(str::to_owned).into();
+    assert_eq!(found, expected);
+}
+
 /// Every function with its length; rustfmt puts the closing brace under the first letter.
 fn functions(text: &str) -> Vec<(usize, usize)> {
     let lines: Vec<&str> = text.lines().collect();
