@@ -94,14 +94,7 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     let (dispatcher, supervisor) = dispatch(args, fixed, &metrics)?;
     let vitals = supervisor.vitals();
     let door = Door::new(Arc::new(dispatcher), Arc::clone(&metrics));
-    if let Some(address) = args.probe_listen {
-        let listening = probe::listen(address, door.clone()).map_err(|source| RunError::Listen {
-            flag: "probe-listen",
-            address,
-            source,
-        })?;
-        info!(protocol = "probes", address = %listening, "listening");
-    }
+    answer_probes(args, &door)?;
     let health = grpc::Health::new();
     let max_bytes = args.max_body_bytes as usize;
     let (shutdown_handle, shutdown) = ShutdownHandle::new();
@@ -129,13 +122,8 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
                 .guard(format!("{} server", protocol.label()), serving),
         )
     };
-    for (flag, listener) in [("grpc", &grpc_listener), ("http", &http_listener)] {
-        let address = listener
-            .local_addr()
-            .map(|address| address.to_string())
-            .unwrap_or_default();
-        info!(protocol = flag, address, "listening");
-    }
+    announce("grpc", &grpc_listener);
+    announce("http", &http_listener);
     let grpc = serve(
         grpc_listener,
         Protocol::Grpc,
@@ -214,6 +202,28 @@ fn dispatch(
         observer: metrics.clone(),
     };
     Ok(Dispatcher::start(args.into(), cluster, metrics.clone()))
+}
+
+/// Probes on a port of their own, where one is given.
+fn answer_probes(args: &RouterArgs, door: &Door) -> Result<(), RunError> {
+    let Some(address) = args.probe_listen else {
+        return Ok(());
+    };
+    let listening = probe::listen(address, door.clone()).map_err(|source| RunError::Listen {
+        flag: "probe-listen",
+        address,
+        source,
+    })?;
+    info!(protocol = "probes", address = %listening, "listening");
+    Ok(())
+}
+
+fn announce(protocol: &'static str, listener: &TcpListener) {
+    let address = listener
+        .local_addr()
+        .map(|address| address.to_string())
+        .unwrap_or_default();
+    info!(protocol, address, "listening");
 }
 
 fn limits(args: &RouterArgs, protocol: Protocol) -> Limits {
