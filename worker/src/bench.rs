@@ -222,6 +222,7 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
         },
         record: !args.no_recordings,
         portable: args.portable_kernels,
+        tuned: true,
         fault: None,
     };
     let started = Instant::now();

@@ -209,7 +209,11 @@ fn the_cpu_device() {
             .map(|&n| scored(ids(n as u64, n, 2048)))
             .collect();
         let run = |machine| -> Vec<f64> {
-            let group = start(dummy(heads, kv_heads, dim), spec(machine));
+            let tuned = GroupSpec {
+                tuned: true,
+                ..spec(machine)
+            };
+            let group = start(dummy(heads, kv_heads, dim), tuned);
             let mut engine = Engine::of(group, spec(machine), false);
             engine.run(&requests, 1).iter().flat_map(logprobs).collect()
         };

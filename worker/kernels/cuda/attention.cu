@@ -22,6 +22,15 @@ static __device__ __forceinline__ float power_of_two(float x) {
     return y;
 }
 
+// A kernel of a chain may begin before the one it depends on is done: it says when its own successor may begin, and waits
+// before it touches what others wrote.
+static __device__ __forceinline__ void chain() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Below every score; finite, so that differences are numbers.
 #define NOTHING (-1.0e30f)
 #define HEADS 4   // query heads that share a pass over keys and values
@@ -40,6 +49,7 @@ static __device__ __forceinline__ void attend_single(const bf16* __restrict__ qk
                                                      float* __restrict__ parts, unsigned n_q, unsigned n_kv,
                                                      unsigned block_shift, float scale) {
     constexpr int LANES = DIM / 16, TEAMS = 32 / LANES, HALF = DIM / 2;
+    chain();
     const uint4 work = works[blockIdx.x];  // first row, rows, start, first block
     const unsigned group = n_q / n_kv, passes = (group + HEADS - 1) / HEADS;
     const unsigned kv_head = blockIdx.y / passes, first = blockIdx.y % passes * HEADS;
@@ -185,15 +195,26 @@ extern "C" __global__ void __launch_bounds__(128) merge_parts(const float* __res
                                                                const uint4* __restrict__ works,
                                                                bf16* __restrict__ out, unsigned n_q, unsigned dim,
                                                                unsigned most) {
+    chain();
     const float* part = parts + ((size_t)blockIdx.x * n_q + blockIdx.y) * most * (dim + 2);
     const unsigned splits = parts_of(works[blockIdx.x].z + 1, most);
     if (splits == 1) return;  // written whole
-    float top = NOTHING, total = 0.0f;
-    for (unsigned s = 0; s < splits; ++s) top = fmaxf(top, part[s * (dim + 2) + dim]);
-    for (unsigned s = 0; s < splits; ++s) total += part[s * (dim + 2) + dim + 1] * power_of_two(part[s * (dim + 2) + dim] - top);
+    // Each warp for itself: a lane has a part, so that all of them are read at once.
+    __shared__ float factors[4][32];
+    const unsigned lane = threadIdx.x % 32;
+    const bool there = lane < splits;
+    const float own = there ? part[lane * (dim + 2) + dim] : NOTHING;
+    float total = there ? part[lane * (dim + 2) + dim + 1] : 0.0f, top = own;
+    for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+    const float factor = there ? power_of_two(own - top) : 0.0f;
+    total *= factor;
+    for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
+    factors[threadIdx.x / 32][lane] = factor;
+    __syncwarp();
     for (unsigned d = threadIdx.x; d < dim; d += blockDim.x) {
         float x = 0.0f;
-        for (unsigned s = 0; s < splits; ++s) x += part[s * (dim + 2) + d] * power_of_two(part[s * (dim + 2) + dim] - top);
+#pragma unroll 8
+        for (unsigned s = 0; s < splits; ++s) x += part[s * (dim + 2) + d] * factors[threadIdx.x / 32][s];
         out[((size_t)works[blockIdx.x].x * n_q + blockIdx.y) * dim + d] = narrow(x / total);
     }
 }

@@ -13,6 +13,15 @@ static __device__ __forceinline__ unsigned pack(float lo, float hi) {
 }
 static __device__ __forceinline__ bf16 narrow(float x) { return (bf16)pack(x, 0.0f); }
 
+// A kernel of a chain may begin before the one it depends on is done: it says when its own successor may begin, and waits
+// before it touches what others wrote.
+static __device__ __forceinline__ void chain() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The sum over the block's 256 threads; every thread gets it.
 static __device__ __forceinline__ float block_sum(float x) {
     __shared__ float warps[8];
@@ -31,6 +40,7 @@ extern "C" __global__ void __launch_bounds__(256) add_norm(float* __restrict__ r
                                                             const float* __restrict__ weight,
                                                             bf16* __restrict__ normed, float eps, unsigned width,
                                                             unsigned vectors) {
+    chain();
     float* x = residual + (size_t)blockIdx.x * width;
     const bf16* y = partial ? partial + (size_t)blockIdx.x * width : nullptr;
     bf16* out = normed + (size_t)blockIdx.x * width;
@@ -95,6 +105,7 @@ static __device__ __forceinline__ float gated(float gate, float up) { return gat
 // `out[row] = silu(gate) * up`; a row of `gate_up` holds both, `width` each. Blocks of x share a row.
 extern "C" __global__ void __launch_bounds__(256) silu_mul(const bf16* __restrict__ gate_up, bf16* __restrict__ out,
                                                             unsigned width, unsigned vectors) {
+    chain();
     const bf16* gate = gate_up + (size_t)blockIdx.y * 2 * width;
     bf16* to = out + (size_t)blockIdx.y * width;
     const unsigned stride = gridDim.x * 256;

@@ -9,10 +9,20 @@ static __device__ __forceinline__ bf16 narrow(float x) {
     return y;
 }
 
+// A kernel of a chain may begin before the one it depends on is done: it says when its own successor may begin, and waits
+// before it touches what others wrote.
+static __device__ __forceinline__ void chain() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Cosine and sine of every row's angles, once a step. The angle is a product in single precision, as checkpoints were
 // trained with it; its sine and cosine are right to single precision at any position.
 extern "C" __global__ void __launch_bounds__(256) turns(float2* __restrict__ turn, const float* __restrict__ inv_freq,
                                                          const unsigned* __restrict__ positions, unsigned half) {
+    chain();
     for (unsigned i = threadIdx.x; i < half; i += blockDim.x) {
         float2 t;
         sincosf(__fmul_rn((float)positions[blockIdx.x], inv_freq[i]), &t.y, &t.x);
@@ -26,6 +36,7 @@ extern "C" __global__ void __launch_bounds__(256)
     rope_write(bf16* __restrict__ qkv, bf16* __restrict__ keys, bf16* __restrict__ values,
                const float2* __restrict__ turn, const unsigned* __restrict__ places, unsigned n_q, unsigned n_kv,
                unsigned dim, unsigned block_tokens) {
+    chain();
     const unsigned half = dim / 2, row = blockIdx.x, n_pairs = (n_q + n_kv) * half;
     bf16* q = qkv + (size_t)row * (n_q + 2 * n_kv) * dim;
     const bf16* v = q + (n_q + n_kv) * dim;

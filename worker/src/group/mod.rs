@@ -74,6 +74,9 @@ pub struct GroupSpec {
     pub record: bool,
     /// On GPUs: kernels that are for one architecture are left alone.
     pub portable: bool,
+    /// On GPUs: of several ways to multiply, the one that is fastest at start. Without, always the same one, so that two
+    /// starts give the same bits.
+    pub tuned: bool,
     /// Test instrument, on no command line: a rank that misbehaves.
     pub fault: Option<Fault>,
 }

@@ -156,6 +156,7 @@ impl Member {
             split: VocabSplit::new(config.vocab_size, self.shard.of),
             record: self.spec.record,
             portable: self.spec.portable,
+            tuned: self.spec.tuned,
         };
         CudaDevice::new(spec, self.id, self.exchange.clone())
     }

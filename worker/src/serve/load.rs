@@ -63,6 +63,7 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         },
         record: true,
         portable: false,
+        tuned: true,
         fault: None,
     };
     let planned = match machine {
@@ -269,6 +270,7 @@ fn planned_cuda(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
             split: VocabSplit::new(model.vocab_size, of),
             record: true,
             portable: false,
+            tuned: true,
         };
         workspace += cuda::workspace_bytes(&spec, shard.part(model.intermediate_size).len());
     }

@@ -35,6 +35,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         steps_ahead: 1,
         record: true,
         portable: false,
+        tuned: false,
         fault: Some(Fault {
             rank: 1,
             step: 3,

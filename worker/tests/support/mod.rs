@@ -41,6 +41,7 @@ pub fn spec(tensor_parallel: usize) -> GroupSpec {
         steps_ahead: 1,
         record: true,
         portable: false,
+        tuned: false,
         fault: None,
     }
 }

@@ -141,6 +141,7 @@ pub(super) struct Blas {
     preference: cublasLtMatmulPreference_t,
     workspace: Memory,
     plans: HashMap<Shape, Plan>,
+    tuned: bool,
 }
 
 // SAFETY: it is used by one thread at a time, its rank's.
@@ -174,7 +175,8 @@ pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 const PLANS_MAX: usize = 65_536;
 
 impl Blas {
-    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, DeviceError> {
+    /// `tuned` tries the library's choices, instead of taking its first.
+    pub(super) fn new(gpu: &Arc<Gpu>, tuned: bool) -> Result<Self, DeviceError> {
         let lt = CublasLt::get()?;
         let (mut handle, mut desc, mut preference) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
         let transposed: c_int = 1;
@@ -214,6 +216,7 @@ impl Blas {
             preference,
             workspace: gpu.alloc(WORKSPACE_BYTES, "matrix products")?,
             plans: HashMap::new(),
+            tuned,
         })
     }
 
@@ -224,7 +227,7 @@ impl Blas {
                 self.forget();
             }
             let mut plan = self.plan(shape)?;
-            if shape.m <= TRIED_ROWS {
+            if self.tuned && shape.m <= TRIED_ROWS {
                 self.try_choices(&mut plan, shape, operands)?;
             }
             self.plans.insert(shape, plan);
@@ -332,10 +335,6 @@ impl Blas {
     /// Takes the fastest choice, measured on these operands. Where no memory is left to empty the caches with, the
     /// first choice stays.
     fn try_choices(&self, plan: &mut Plan, shape: Shape, operands: Operands) -> Result<(), DeviceError> {
-        let Ok(flush) = self.gpu.alloc(FLUSH_BYTES, "emptying caches") else {
-            return Ok(());
-        };
-        let (start, end) = (self.gpu.event(true)?, self.gpu.event(true)?);
         let mut best = f64::INFINITY;
         for choice in std::mem::take(&mut plan.choices) {
             let candidate = Plan {
@@ -343,23 +342,44 @@ impl Blas {
                 choices: Vec::new(),
                 ..*plan
             };
-            let mut times = [0.0; TRIES];
-            for time in &mut times {
-                self.gpu.clear(&flush)?;
-                start.record()?;
-                self.run(&candidate, operands)?;
-                end.record()?;
-                end.wait()?;
-                *time = end.seconds_since(&start)?;
-            }
-            times.sort_unstable_by(f64::total_cmp);
-            if times[TRIES / 2] < best {
-                best = times[TRIES / 2];
+            let Some(time) = self.timed(|| self.run(&candidate, operands))? else {
+                return Ok(());
+            };
+            if time < best {
+                best = time;
                 plan.algorithm = choice;
             }
         }
         tracing::debug!(?shape, microseconds = best * 1e6, "matrix product chosen");
         Ok(())
+    }
+
+    /// Median seconds of a launch with cold caches; `None` where no memory is left to empty them with.
+    pub(super) fn timed(
+        &self,
+        launch: impl Fn() -> Result<(), DeviceError>,
+    ) -> Result<Option<f64>, DeviceError> {
+        let Ok(flush) = self.gpu.alloc(FLUSH_BYTES, "emptying caches") else {
+            return Ok(None);
+        };
+        let (start, end) = (self.gpu.event(true)?, self.gpu.event(true)?);
+        let mut times = [0.0; TRIES];
+        for time in &mut times {
+            self.gpu.clear(&flush)?;
+            start.record()?;
+            launch()?;
+            end.record()?;
+            end.wait()?;
+            *time = end.seconds_since(&start)?;
+        }
+        times.sort_unstable_by(f64::total_cmp);
+        Ok(Some(times[TRIES / 2]))
+    }
+
+    /// Seconds of the library's product of this shape.
+    pub(super) fn seconds(&mut self, shape: Shape, operands: Operands) -> Result<Option<f64>, DeviceError> {
+        self.multiply(shape, operands)?;
+        self.timed(|| self.run(&self.plans[&shape], operands))
     }
 
     fn forget(&mut self) {

@@ -13,7 +13,7 @@ use swallow_schedule::SeqId;
 use super::{
     CudaDevice, CudaSpec, F32,
     driver::{Arg, Gpu, Memory, Pinned, Plain},
-    head::{HARD_TOP_MIN, PARTS, batch, locked},
+    head::{HARD_TOP_MIN, batch, locked},
     upload::NO_SLOT,
 };
 use crate::{
@@ -27,6 +27,8 @@ const EDITS_ROOM: usize = 16 << 10;
 const LISTED_A_ROW: usize = 24;
 /// The weight of the likeliest token is at most this power of two: more than the digits of an exponential.
 const UNIT_BITS_MAX: u32 = 45;
+/// Blocks that survey a row.
+const PARTS: usize = 16;
 /// Threads of a block that draws.
 const THREADS: u32 = 512;
 

@@ -11,7 +11,8 @@ use std::{
 
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute_enum,
-    CUgraph, CUgraphExec, CUgraphNode, CUmodule, CUstream, CUtensorMap,
+    CUgraph, CUgraphExec, CUgraphNode, CUlaunchAttribute, CUlaunchAttributeID_enum, CUlaunchAttributeValue,
+    CUlaunchConfig, CUmodule, CUstream, CUtensorMap,
 };
 
 use super::libs::{Library, LibraryError, Wanted, functions, string};
@@ -71,6 +72,7 @@ functions! {
         module_load = c"cuModuleLoadData" (*mut CUmodule, *const c_void) -> c_int;
         module_function = c"cuModuleGetFunction" (*mut CUfunction, CUmodule, *const c_char) -> c_int;
         function_set = c"cuFuncSetAttribute" (CUfunction, CUfunction_attribute_enum, c_int) -> c_int;
+        launch_with = c"cuLaunchKernelEx" (*const CUlaunchConfig, CUfunction, *mut *mut c_void, *mut *mut c_void) -> c_int;
         launch = c"cuLaunchKernel" (CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream,
             *mut *mut c_void, *mut *mut c_void) -> c_int;
     }
@@ -430,7 +432,11 @@ impl Gpu {
             // SAFETY: the function is loaded.
             self.check(unsafe { (self.driver.function_set)(function, most, bytes) }, name)?;
         }
-        Ok(Kernel { function, name })
+        Ok(Kernel {
+            function,
+            name,
+            chained: false,
+        })
     }
 
     /// Launches a kernel on the rank's stream.
@@ -455,6 +461,11 @@ impl Gpu {
         for (address, argument) in addresses.iter_mut().zip(arguments) {
             *address = ptr::from_mut(&mut argument.0).cast();
         }
+        if kernel.chained {
+            // SAFETY: the caller's promise, and a chained kernel waits for its predecessor by itself.
+            let code = unsafe { self.launch_chained(kernel, grid, block, shared, addresses.as_mut_ptr()) };
+            return self.check(code, kernel.name);
+        }
         // SAFETY: the addresses live until the call returns, which copies what they point to; the rest is the caller's
         // promise.
         let code = unsafe {
@@ -473,6 +484,43 @@ impl Gpu {
             )
         };
         self.check(code, kernel.name)
+    }
+}
+
+impl Gpu {
+    /// Launches a kernel that may begin before the one before it is done.
+    ///
+    /// # Safety
+    /// As for [`Gpu::launch`], and the kernel waits before it touches what others wrote.
+    unsafe fn launch_chained(
+        &self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: u32,
+        arguments: *mut *mut c_void,
+    ) -> c_int {
+        let mut early = CUlaunchAttribute {
+            id: CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block[0],
+            blockDimY: block[1],
+            blockDimZ: block[2],
+            sharedMemBytes: shared,
+            hStream: self.stream,
+            attrs: &mut early,
+            numAttrs: 1,
+        };
+        // SAFETY: config and addresses live until the call returns; the rest is the caller's promise.
+        unsafe { (self.driver.launch_with)(&config, kernel.function, arguments, ptr::null_mut()) }
     }
 }
 
@@ -615,6 +663,15 @@ pub(super) struct Kernel {
     function: CUfunction,
     /// For errors.
     pub(super) name: &'static str,
+    /// It may begin before the kernel before it is done, and waits by itself.
+    chained: bool,
+}
+
+impl Kernel {
+    /// One that waits for the kernel before it by itself, where `on`.
+    pub(super) fn chained(self, on: bool) -> Self {
+        Self { chained: on, ..self }
+    }
 }
 
 /// One argument of a kernel: its bits, from the lowest byte on, which is where a little-endian machine looks for an

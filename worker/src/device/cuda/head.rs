@@ -30,7 +30,7 @@ use crate::{
 /// Rows of logits that are computed at a time, at most.
 const BATCH_MAX: usize = 256;
 /// Blocks that search one row of logits.
-pub(super) const PARTS: usize = 16;
+const PARTS: usize = 64;
 /// So many listed alternatives are a sampler's work.
 pub(super) const HARD_TOP_MIN: usize = 129;
 /// A logit and its token in one number, as `head.cu` makes it.
@@ -293,7 +293,9 @@ impl CudaDevice {
             k: width,
             out: Out::F32,
         };
-        self.blas.multiply(shape, buffers.operands(head))?;
+        let operands = buffers.operands(head);
+        self.multiply(shape, operands)?;
+        let buffers = &self.head;
         let first_token = self.spec.split.range(self.spec.shard.rank).start as u32;
         let mut arguments = [
             (&buffers.logits).into(),

@@ -52,6 +52,7 @@ pub(super) const SOURCES: &[SourceFile] = sources![
     "prefill",
     "rope",
     "sample",
+    "skinny",
 ];
 
 /// Where an image keeps kernels that were made ahead.

@@ -21,11 +21,14 @@ mod peaks;
 mod recording;
 mod upload;
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+};
 
 use self::{
     attention::Attention,
-    blas::Blas,
+    blas::{Blas, Shape},
     draws::Draws,
     driver::{Event, Gpu, Memory},
     head::{Flight, Head},
@@ -87,6 +90,8 @@ pub struct CudaSpec {
     pub record: bool,
     /// Leave kernels alone that are for one architecture.
     pub portable: bool,
+    /// Try ways to multiply, and take the fastest.
+    pub tuned: bool,
 }
 
 /// One rank on one GPU.
@@ -95,6 +100,8 @@ pub struct CudaDevice {
     gpu: Arc<Gpu>,
     kernels: Kernels,
     blas: Blas,
+    /// Products that our own kernel computes.
+    own_products: HashSet<Shape>,
     /// In a group of several.
     comm: Option<Comm>,
     exchange: Arc<Exchange>,
@@ -196,8 +203,9 @@ impl CudaDevice {
     pub fn new(spec: CudaSpec, id: Option<GroupId>, exchange: Arc<Exchange>) -> Result<Self, DeviceError> {
         let rank = spec.shard.rank;
         let gpu = Gpu::open(rank)?;
-        let kernels = Kernels::load(&gpu)?;
-        let blas = Blas::new(&gpu)?;
+        // A sum over ranks is not one of our kernels and takes no part in a chain; that is left for machines to try it on.
+        let kernels = Kernels::load(&gpu, spec.shard.of == 1 && !spec.portable)?;
+        let blas = Blas::new(&gpu, spec.tuned)?;
         let comm = id
             .map(|id| Comm::join(&gpu, id, rank, spec.shard.of))
             .transpose()?;
@@ -240,6 +248,7 @@ impl CudaDevice {
             gpu,
             kernels,
             blas,
+            own_products: HashSet::new(),
             comm,
             exchange,
             staging,

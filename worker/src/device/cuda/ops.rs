@@ -46,11 +46,14 @@ pub(super) struct Kernels {
     pub(super) survey_rows: Kernel,
     pub(super) sample_rows: Kernel,
     pub(super) count_tokens: Kernel,
+    /// Of few rows: by the numbers of the result, bf16 and fp32, and up to 8 and 16 rows.
+    products: [[Kernel; 2]; 2],
 }
 
 impl Kernels {
     /// Loads all kernels, compiling what no cache has.
-    pub(super) fn load(gpu: &Gpu) -> Result<Self, DeviceError> {
+    /// Those of the forward pass are chained where the architecture can do it and `chain` allows it.
+    pub(super) fn load(gpu: &Gpu, chain: bool) -> Result<Self, DeviceError> {
         // Ranks start together; the first compiles, the others find its files.
         static ONE_COMPILES: Mutex<()> = Mutex::new(());
         let arch = arch(gpu.capability);
@@ -72,16 +75,18 @@ impl Kernels {
                 .expect("files that are not for every architecture are asked for where they are");
             gpu.kernel(module, name, shared)
         };
+        let chain = chain && gpu.capability >= 90;
+        let chained = |file: &str, name| kernel(file, name, 0).map(|kernel| kernel.chained(chain));
         Ok(Self {
-            embed: kernel("embed", "embed", 0)?,
+            embed: chained("embed", "embed")?,
             fill_random: kernel("fill", "fill_random", 0)?,
-            add_norm: kernel("norm", "add_norm", 0)?,
-            silu_mul: kernel("norm", "silu_mul", 0)?,
-            turns: kernel("rope", "turns", 0)?,
-            rope_write: kernel("rope", "rope_write", 0)?,
+            add_norm: chained("norm", "add_norm")?,
+            silu_mul: chained("norm", "silu_mul")?,
+            turns: chained("rope", "turns")?,
+            rope_write: chained("rope", "rope_write")?,
             single: [
-                kernel("attention", "attend_single_64", 0)?,
-                kernel("attention", "attend_single_128", 0)?,
+                chained("attention", "attend_single_64")?,
+                chained("attention", "attend_single_128")?,
             ],
             tiles: [
                 kernel("prefill", "attend_tiles_64", tile_shared(64))?,
@@ -91,14 +96,21 @@ impl Kernels {
                 .then(|| kernel("hopper", "attend_tiles_hopper", HOPPER_SHARED))
                 .transpose()?,
             attend_any: kernel("attention", "attend_any", 0)?,
-            merge_parts: kernel("attention", "merge_parts", 0)?,
-            gather_rows: kernel("head", "gather_rows", 0)?,
-            argmax_parts: kernel("head", "argmax_parts", 0)?,
-            argmax_merge: kernel("head", "argmax_merge", 0)?,
+            merge_parts: chained("attention", "merge_parts")?,
+            gather_rows: chained("head", "gather_rows")?,
+            argmax_parts: chained("head", "argmax_parts")?,
+            argmax_merge: chained("head", "argmax_merge")?,
             fingerprint: kernel("head", "fingerprint", 0)?,
             survey_rows: kernel("sample", "survey_rows", 0)?,
             sample_rows: kernel("sample", "sample_rows", 0)?,
             count_tokens: kernel("sample", "count_tokens", 0)?,
+            products: [
+                [chained("skinny", "product_8")?, chained("skinny", "product_16")?],
+                [
+                    chained("skinny", "product_8_f32")?,
+                    chained("skinny", "product_16_f32")?,
+                ],
+            ],
         })
     }
 
@@ -164,6 +176,86 @@ impl Kernels {
             columns: 0..columns,
         };
         self.fill_part(gpu, to, tensor, &part)
+    }
+}
+
+/// Rows that `skinny.cu` multiplies at most.
+const SKINNY_ROWS: usize = 16;
+/// Numbers of a row of the matrix that it takes at a time.
+const SKINNY_STEP: usize = 2048;
+/// How much longer than the library's, alone, a product of ours may take: in a chain it begins before the kernel before
+/// it is done, which no measurement of one product shows.
+const SKINNY_SLACK: f64 = 1.05;
+
+/// Whether `skinny.cu` has this shape.
+fn is_skinny(shape: &Shape) -> bool {
+    (1..=SKINNY_ROWS).contains(&shape.m) && shape.n.is_multiple_of(16) && shape.k.is_multiple_of(SKINNY_STEP)
+}
+
+impl Kernels {
+    /// A product of few rows by our own kernel.
+    fn product(&self, gpu: &Gpu, shape: Shape, operands: Operands) -> Result<(), DeviceError> {
+        assert!(is_skinny(&shape));
+        let kernel = &self.products[usize::from(shape.out == Out::F32)][usize::from(shape.m > 8)];
+        let mut arguments = [
+            operands.x.into(),
+            operands.w.into(),
+            operands.out.into(),
+            (shape.m as u32).into(),
+            (shape.n as u32).into(),
+            (shape.k as u32).into(),
+        ];
+        let grid = [(shape.n / 16) as u32, 1, 1];
+        // SAFETY: the parameters of the products; the operands are dense matrices of the shape's sizes, which the caller's
+        // types ensure.
+        unsafe { gpu.launch(kernel, grid, [THREADS, 1, 1], 0, &mut arguments) }
+    }
+}
+
+impl CudaDevice {
+    /// A product, by whichever kernel was found to be faster.
+    pub(super) fn multiply(&mut self, shape: Shape, operands: Operands) -> Result<(), DeviceError> {
+        if self.own_products.contains(&shape) {
+            return self.kernels.product(&self.gpu, shape, operands);
+        }
+        self.blas.multiply(shape, operands)
+    }
+
+    /// Finds out for which sizes of step our own kernel is as fast as the library.
+    fn try_own(
+        &mut self,
+        room: usize,
+        (n, k, out): (usize, usize, Out),
+        operands: Operands,
+    ) -> Result<(), DeviceError> {
+        let mut sizes: Vec<usize> = (1..=SKINNY_ROWS).map(|rows| size(rows).min(room)).collect();
+        sizes.dedup();
+        for shape in sizes
+            .into_iter()
+            .map(|m| Shape { m, n, k, out })
+            .filter(is_skinny)
+        {
+            if !self.spec.tuned {
+                self.own_products.insert(shape);
+                continue;
+            }
+            let (kernels, gpu) = (&self.kernels, &self.gpu);
+            let library = self.blas.seconds(shape, operands)?;
+            let own = self.blas.timed(|| kernels.product(gpu, shape, operands))?;
+            let (Some(library), Some(own)) = (library, own) else {
+                continue;
+            };
+            tracing::debug!(
+                ?shape,
+                library_us = library * 1e6,
+                own_us = own * 1e6,
+                "product of few rows tried"
+            );
+            if own <= SKINNY_SLACK * library {
+                self.own_products.insert(shape);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -372,7 +464,7 @@ impl Device for CudaDevice {
             w: w.memory.address,
             out: out.memory.address,
         };
-        self.blas.multiply(shape, operands)
+        self.multiply(shape, operands)
     }
 
     fn prepare(&mut self, x: &Rows, w: &Matrix, out: &Rows) -> Result<(), DeviceError> {
@@ -383,15 +475,17 @@ impl Device for CudaDevice {
             out: out.memory.address,
         };
         let most = self.spec.max_rows.min(PREPARED_ROWS);
-        self.blas
-            .prepare(most, self.spec.max_rows, (w.outs, w.ins, Out::Bf16), operands)
+        let weights = (w.outs, w.ins, Out::Bf16);
+        self.blas.prepare(most, self.spec.max_rows, weights, operands)?;
+        self.try_own(self.spec.max_rows, weights, operands)
     }
 
     fn prepare_head(&mut self, head: &Matrix) -> Result<(), DeviceError> {
         let operands = self.head.operands(head);
         let most = self.head.batch();
-        self.blas
-            .prepare(most, most, (head.outs, head.ins, Out::F32), operands)
+        let weights = (head.outs, head.ins, Out::F32);
+        self.blas.prepare(most, most, weights, operands)?;
+        self.try_own(most, weights, operands)
     }
 
     fn rope_write(

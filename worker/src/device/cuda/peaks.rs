@@ -30,8 +30,8 @@ const ROUNDS: usize = 9;
 /// If there is none, or it has not got 4 GiB.
 pub fn measure() -> Result<Peaks, DeviceError> {
     let gpu = Gpu::open(0)?;
-    let kernels = Kernels::load(&gpu)?;
-    let mut blas = Blas::new(&gpu)?;
+    let kernels = Kernels::load(&gpu, false)?;
+    let mut blas = Blas::new(&gpu, false)?;
     let memory = [
         gpu.zeroed(COPY_BYTES, "a copy")?,
         gpu.zeroed(COPY_BYTES, "a copy")?,
