@@ -186,8 +186,10 @@ struct Scaled {
     const u16* seen;
     const Draw* draw;
     float most, unit;
-    __device__ __forceinline__ float operator()(unsigned t) const {
-        return __fdiv_rn(__fsub_rn(penalised(row[t], *draw, seen, t), most), draw->temperature);
+    __device__ __forceinline__ float fetch(unsigned t) const { return penalised(row[t], *draw, seen, t); }
+    __device__ __forceinline__ float value(float x) const {
+        const float below = __fsub_rn(x, most);
+        return draw->temperature == 1.0f ? below : __fdiv_rn(below, draw->temperature);
     }
     __device__ __forceinline__ float depth(float v) const { return -v; }
     __device__ __forceinline__ u64 weight(float v) const { return (u64)(expf(v) * unit); }
@@ -198,10 +200,26 @@ struct Raw {
     static constexpr bool WEIGHS = false;
     Row row;
     float most;
-    __device__ __forceinline__ float operator()(unsigned t) const { return row[t]; }
+    __device__ __forceinline__ float fetch(unsigned t) const { return row[t]; }
+    __device__ __forceinline__ float value(float x) const { return x; }
     __device__ __forceinline__ float depth(float v) const { return most - v; }
     __device__ __forceinline__ u64 weight(float) const { return 0; }
 };
+
+// Calls `body(token, value)` for every `step`-th token; several are under way together.
+template <class F, class B>
+static __device__ __forceinline__ void over(const F& f, unsigned begin, unsigned end, unsigned step, const B& body) {
+    constexpr int BATCH = 8;
+#pragma unroll 1
+    for (unsigned first = begin; first < end; first += BATCH * step) {
+        float x[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) x[i] = first + i * step < end ? f.fetch(first + i * step) : MINUS_INFINITY;
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (first + i * step < end) body(first + i * step, f.value(x[i]));
+    }
+}
 
 // What is kept: values whose inverse order is below `key`, and of its equals those up to token `last`.
 struct Cut {
@@ -224,21 +242,19 @@ static __device__ __forceinline__ bool select(const F& f, unsigned n, bool by_co
         __syncthreads();
         for (unsigned i = threadIdx.x; i < BINS; i += THREADS) s.count[i] = 0, s.weight[i] = 0;
         __syncthreads();
-#pragma unroll 4
-        for (unsigned t = threadIdx.x; t < n; t += THREADS) {
-            const float v = f(t);
-            if (!(v > MINUS_INFINITY)) continue;
+        over(f, threadIdx.x, n, THREADS, [&](unsigned, float v) {
+            if (!(v > MINUS_INFINITY)) return;
             const unsigned near = (unsigned)fminf(f.depth(v) * 32.0f, 1023.0f);
             unsigned digit = near;
             if (level > 0) {
                 const unsigned inverse = ~ordered(v);
                 if (near != bin || (level == 2 && inverse >> 21 != prefix) || (level == 3 && inverse >> 10 != prefix))
-                    continue;
+                    return;
                 digit = level == 1 ? inverse >> 21 : level == 2 ? inverse >> 10 & 2047 : inverse & 1023;
             }
             atomicAdd(&s.count[digit], 1u);
             if (F::WEIGHS) atomicAdd(&s.weight[digit], f.weight(v));
-        }
+        });
         __syncthreads();
         constexpr unsigned EACH = BINS / THREADS;
         const unsigned first = EACH * threadIdx.x;
@@ -266,12 +282,11 @@ static __device__ __forceinline__ bool select(const F& f, unsigned n, bool by_co
 }
 
 // The token in whose share of the sum of weights, in the order of ids, the number falls that `target` makes of the sum.
-template <class W, class T>
-static __device__ __forceinline__ unsigned find(const W& weight, unsigned n, const T& target, Shared& s) {
+template <class F, class W, class T>
+static __device__ __forceinline__ unsigned find(const F& f, const W& weight, unsigned n, const T& target, Shared& s) {
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, segment = (n + WARPS - 1) / WARPS;
     u64 sum = 0;
-#pragma unroll 4
-    for (unsigned t = warp * segment + lane; t < min((warp + 1) * segment, n); t += 32) sum += weight(t);
+    over(f, warp * segment + lane, min((warp + 1) * segment, n), 32, [&](unsigned t, float v) { sum += weight(t, v); });
     for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
     __syncthreads();
     if (lane == 0) s.segments[warp] = sum;
@@ -284,12 +299,12 @@ static __device__ __forceinline__ unsigned find(const W& weight, unsigned n, con
     const unsigned each = (segment + THREADS - 1) / THREADS, begin = at * segment + threadIdx.x * each;
     const unsigned end = min(begin + each, min((at + 1) * segment, n));
     u64 own = 0, all;
-    for (unsigned t = begin; t < end; ++t) own += weight(t);
+    over(f, begin, end, 1, [&](unsigned t, float v) { own += weight(t, v); });
     const u64 before = scan(own, all, s);
     if (before <= left && left < before + own) {
         u64 upto = before;
         for (unsigned t = begin; t < end; ++t) {
-            upto += weight(t);
+            upto += weight(t, f.value(f.fetch(t)));
             if (left < upto) {
                 s.found = t;
                 break;
@@ -304,7 +319,7 @@ static __device__ __forceinline__ unsigned find(const W& weight, unsigned n, con
 template <class F>
 static __device__ __forceinline__ Cut cut_ties(const F& f, unsigned n, unsigned key, unsigned ties, u64 keep, Shared& s) {
     if (keep >= ties) return Cut{key, ~0u};
-    const unsigned last = find([&](unsigned t) -> u64 { return ~ordered(f(t)) == key; }, n,
+    const unsigned last = find(f, [&](unsigned, float v) -> u64 { return ~ordered(v) == key; }, n,
                                [&](u64) { return keep - 1; }, s);
     return Cut{key, last};
 }
@@ -321,10 +336,7 @@ static __device__ __forceinline__ Cut filter(const Scaled& f, const Draw& draw, 
         total = weight + (draw.top_k - count) * f.weight(number(~key));
     } else if (draw.top_p < 1.0f) {
         u64 mine = 0;
-        for (unsigned t = threadIdx.x; t < n; t += THREADS) {
-            const float v = f(t);
-            if (v > MINUS_INFINITY) mine += f.weight(v);
-        }
+        over(f, threadIdx.x, n, THREADS, [&](unsigned, float v) { mine += v > MINUS_INFINITY ? f.weight(v) : 0; });
         scan(mine, total, s);
     } else {
         return cut;
@@ -343,22 +355,21 @@ static __device__ __forceinline__ unsigned choose(const Scaled& f, const Draw& d
     if (draw.temperature <= 0.0f) return ~(unsigned)best;
     const Cut cut = filter(f, draw, n, s);
     const u64 bits = (u64)draw.bits_high << 32 | draw.bits_low;  // 53 of them
-    const auto weight = [&](unsigned t) -> u64 {
-        const float v = f(t);
+    const auto weight = [&](unsigned t, float v) -> u64 {
         if (!cut.keeps(v, t)) return 0;
         if (draw.min_p > 0.0f && v != 0.0f && !(expf(v) >= fminf(draw.min_p, 1.0f))) return 0;
         return f.weight(v);
     };
     // floor(total * bits / 2^53)
-    return find(weight, n, [&](u64 total) { return __umul64hi(total, bits) << 11 | total * bits >> 53; }, s);
+    return find(f, weight, n, [&](u64 total) { return __umul64hi(total, bits) << 11 | total * bits >> 53; }, s);
 }
 
 // Scores `token` of a raw row: its rank and the likeliest tokens, in no order.
 static __device__ __forceinline__ void score(const Raw& raw, const Draw& draw, unsigned token, unsigned n,
                                              Listed* __restrict__ tops, Result& result, Shared& s) {
-    const float own = raw(token);
+    const float own = raw.fetch(token);
     u64 mine = 0, likelier;
-    for (unsigned t = threadIdx.x; t < n; t += THREADS) mine += raw(t) > own;
+    over(raw, threadIdx.x, n, THREADS, [&](unsigned, float v) { mine += v > own; });
     scan(mine, likelier, s);
     result.logit = own, result.rank = (unsigned)likelier + 1;
     if (draw.n_top == 0) return;
@@ -369,10 +380,9 @@ static __device__ __forceinline__ void score(const Raw& raw, const Draw& draw, u
         cut = cut_ties(raw, n, key, ties, draw.n_top - count, s);
     if (threadIdx.x == 0) s.n_listed = 0;
     __syncthreads();
-    for (unsigned t = threadIdx.x; t < n; t += THREADS) {
-        const float v = raw(t);
+    over(raw, threadIdx.x, n, THREADS, [&](unsigned t, float v) {
         if (cut.keeps(v, t)) tops[draw.first_top + atomicAdd(&s.n_listed, 1u)] = Listed{t, v};
-    }
+    });
     __syncthreads();
     result.n_listed = s.n_listed;
 }
@@ -397,8 +407,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         best = mine[p].best > best ? mine[p].best : best;
     }
     double sum = 0.0;
-    for (unsigned p = 0; p < n_parts; ++p)
-        if (mine[p].most > MINUS_INFINITY) sum += mine[p].sum * exp((double)mine[p].most - (double)most);
+    if (draw.flags & SCORED)
+        for (unsigned p = 0; p < n_parts; ++p)
+            if (mine[p].most > MINUS_INFINITY) sum += mine[p].sum * exp((double)mine[p].most - (double)most);
     const bool drawn = !(draw.flags & ONLY_SCORED);
     bad |= most == MINUS_INFINITY || (drawn && best == 0);
     Result result{draw.token, 0, 0.0f, most, log(sum), bad, 0};
