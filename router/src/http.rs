@@ -23,6 +23,8 @@ use tokio::{
     task::JoinSet,
 };
 
+use tokio_rustls::TlsAcceptor;
+
 pub use body::Stalled;
 
 use connection::Connection;
@@ -42,7 +44,7 @@ const BODY_BYTES_MAX: usize = 256 << 20;
 pub enum Protocol {
     /// HTTP/1.1.
     Http,
-    /// gRPC over HTTP/2 without TLS.
+    /// gRPC over HTTP/2.
     Grpc,
 }
 
@@ -112,7 +114,6 @@ impl Places {
 }
 
 /// A port to serve.
-#[derive(Debug)]
 pub struct Port {
     /// Bound.
     pub listener: TcpListener,
@@ -126,6 +127,8 @@ pub struct Port {
     pub limits: Limits,
     /// Shared by all ports of a process.
     pub places: Places,
+    /// Where clients speak TLS.
+    pub tls: Option<TlsAcceptor>,
 }
 
 /// Tells servers to stop accepting and then, by its time, to be gone.
@@ -184,6 +187,7 @@ pub async fn serve(port: Port, mut shutdown: Shutdown) -> bool {
         open,
         limits,
         places,
+        tls,
     } = port;
     let mut connections: JoinSet<()> = JoinSet::new();
     let mut deadline = loop {
@@ -202,6 +206,7 @@ pub async fn serve(port: Port, mut shutdown: Shutdown) -> bool {
                         limits,
                         body_bytes: Arc::clone(&places.body_bytes),
                         shutdown: shutdown.clone(),
+                        tls: tls.clone(),
                     };
                     let open = open.clone();
                     connections.spawn(async move {

@@ -24,4 +24,5 @@ pub mod probe;
 mod session;
 pub mod template;
 pub mod text;
+pub mod tls;
 pub mod vital;

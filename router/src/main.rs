@@ -16,7 +16,8 @@ use swallow_router::{
     log,
     metrics::Metrics,
     openai, probe,
-    vital::Panicked,
+    tls::{Certificate, TlsError},
+    vital::{Panicked, Vitals},
 };
 use tokio::{
     net::TcpListener,
@@ -46,6 +47,9 @@ enum RunError {
     /// Nobody could be let in.
     #[error(transparent)]
     Keys(#[from] KeysError),
+    /// Clients could not trust it.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// A task is gone that nothing works without.
     #[error("{0}; the process ends, because it would answer nobody")]
     Panicked(#[from] Panicked),
@@ -102,7 +106,10 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     if let Some(keys) = &keys {
         tokio::spawn(vitals.clone().guard("API keys".into(), keys.clone().follow()));
     }
-    let serve = |listener, protocol: Protocol, router| {
+    let certificate = certificate(args, &vitals)?;
+    let acceptor = |protocol| certificate.as_ref().map(|it| it.acceptor(protocol)).transpose();
+    let (grpc_tls, http_tls) = (acceptor(Protocol::Grpc)?, acceptor(Protocol::Http)?);
+    let serve = |listener, protocol: Protocol, tls, router| {
         let router = match &keys {
             Some(keys) => keys.guard(router, protocol),
             None => router,
@@ -114,6 +121,7 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
             open: metrics.connections(protocol.label()),
             limits: limits(args, protocol),
             places: places.clone(),
+            tls,
         };
         let serving = http::serve(port, shutdown.clone());
         tokio::spawn(
@@ -127,11 +135,13 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     let grpc = serve(
         grpc_listener,
         Protocol::Grpc,
+        grpc_tls,
         grpc::router(&door, &health, max_bytes),
     );
     let http = serve(
         http_listener,
         Protocol::Http,
+        http_tls,
         openai::router(door.clone(), max_bytes),
     );
     let watch = tokio::spawn(vitals.clone().guard("health".into(), health.watch(door.clone())));
@@ -224,6 +234,18 @@ fn announce(protocol: &'static str, listener: &TcpListener) {
         .map(|address| address.to_string())
         .unwrap_or_default();
     info!(protocol, address, "listening");
+}
+
+/// What clients are shown, if they are to speak TLS; from now on as the files have it.
+fn certificate(args: &RouterArgs, vitals: &Vitals) -> Result<Option<Certificate>, TlsError> {
+    // The command line has both or none.
+    let (Some(cert), Some(key)) = (&args.tls_cert, &args.tls_key) else {
+        return Ok(None);
+    };
+    let certificate = Certificate::load(cert, key)?;
+    let following = certificate.clone().follow();
+    tokio::spawn(vitals.clone().guard("certificate".into(), following));
+    Ok(Some(certificate))
 }
 
 fn limits(args: &RouterArgs, protocol: Protocol) -> Limits {

@@ -448,10 +448,13 @@ pub const FAULTS: &[Fault] = &[
     },
     Fault {
         number: 30,
-        name: "API keys change",
-        made: "the file of keys is replaced under a stream of a key that goes, by a broken one and then by a sound one",
-        passes: "the stream goes on; new keys are known; a broken file changes nothing",
-        tests: &[("faults", "keys::keys_change_and_no_stream_is_dropped")],
+        name: "API keys and certificates change",
+        made: "the file of keys is replaced under a stream of a key that goes, by a broken one and then by a sound one; the certificate and its key under a TLS stream, one after the other",
+        passes: "the streams go on; new keys are known, new connections see the new certificate; a broken file, or a key without its certificate, changes nothing",
+        tests: &[
+            ("faults", "keys::keys_change_and_no_stream_is_dropped"),
+            ("faults", "tls::certificates_change_and_no_stream_is_dropped"),
+        ],
     },
     Fault {
         number: 31,

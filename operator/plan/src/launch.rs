@@ -263,6 +263,8 @@ pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
         max_body_bytes: ROUTER_BODY_BYTES_MAX,
         max_connection_seconds: None,
         connection_grace_seconds: None,
+        tls_cert: None,
+        tls_key: None,
         api_keys: None,
         shutdown_delay_seconds: ROUTER_SHUTDOWN_DELAY_SECONDS,
         drain_timeout_seconds: valid.spec.drain.timeout_seconds,

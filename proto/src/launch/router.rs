@@ -162,6 +162,13 @@ pub struct RouterArgs {
     /// How long open streams may finish after SIGTERM and the shutdown delay
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout_seconds: u32,
+    /// Certificate chain that clients of both ports are shown, in PEM, read again when it changes; without it, they speak
+    /// no TLS
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
     /// File of the API keys that are asked for, read again when it changes; without it, nobody is told apart
     #[arg(long, value_name = "FILE")]
     pub api_keys: Option<PathBuf>,
@@ -189,6 +196,8 @@ impl RouterArgs {
         argv.optional("connection-grace-seconds", self.connection_grace_seconds);
         argv.flag("shutdown-delay-seconds", self.shutdown_delay_seconds);
         argv.flag("drain-timeout-seconds", self.drain_timeout_seconds);
+        argv.optional("tls-cert", self.tls_cert.as_ref().map(|path| path.display()));
+        argv.optional("tls-key", self.tls_key.as_ref().map(|path| path.display()));
         argv.optional("api-keys", self.api_keys.as_ref().map(|path| path.display()));
         argv.choice("log-format", self.log_format);
         argv.0
@@ -227,6 +236,8 @@ mod tests {
             namespace: Some("team-a".into()),
             probe_listen: Some(([0, 0, 0, 0], 8081).into()),
             max_connection_seconds: Some(0),
+            tls_cert: Some("/etc/swallow/tls.crt".into()),
+            tls_key: Some("/etc/swallow/tls.key".into()),
             api_keys: Some("/etc/swallow/keys.json".into()),
             shutdown_delay_seconds: 5,
             max_queued_bytes: 1 << 40,

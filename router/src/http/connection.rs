@@ -33,6 +33,8 @@ use tokio::{
     time::Instant,
 };
 
+use tokio_rustls::TlsAcceptor;
+
 use super::{
     Limits, Protocol, Shutdown,
     body::{Counted, Timed},
@@ -68,6 +70,7 @@ pub(super) struct Connection {
     pub limits: Limits,
     pub body_bytes: Arc<AtomicUsize>,
     pub shutdown: Shutdown,
+    pub tls: Option<TlsAcceptor>,
 }
 
 /// How it ended, otherwise than by its client.
@@ -91,8 +94,50 @@ impl Connection {
         }
     }
 
-    async fn serve(self) -> Result<(), Ended> {
+    async fn serve(mut self) -> Result<(), Ended> {
         set_options(&self.stream)?;
+        match self.tls.take() {
+            None => {
+                let (stream, talk) = self.split();
+                talk.over(stream).await
+            }
+            Some(acceptor) => {
+                let (stream, talk) = self.split();
+                let handshake = tokio::time::timeout(talk.limits.head, acceptor.accept(stream));
+                let stream = handshake.await.map_err(|_| Ended::SlowHead(talk.peer))??;
+                Box::pin(talk.over(stream)).await
+            }
+        }
+    }
+
+    fn split(self) -> (TcpStream, Talk) {
+        let talk = Talk {
+            peer: self.peer,
+            protocol: self.protocol,
+            router: self.router,
+            limits: self.limits,
+            body_bytes: self.body_bytes,
+            shutdown: self.shutdown,
+        };
+        (self.stream, talk)
+    }
+}
+
+/// What is said over a connection, however its bytes travel.
+struct Talk {
+    peer: SocketAddr,
+    protocol: Protocol,
+    router: Router,
+    limits: Limits,
+    body_bytes: Arc<AtomicUsize>,
+    shutdown: Shutdown,
+}
+
+impl Talk {
+    async fn over<I>(self, stream: I) -> Result<(), Ended>
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let pulse = Pulse::new(self.protocol);
         let service = Answering {
             pulse: pulse.clone(),
@@ -101,7 +146,7 @@ impl Connection {
             body_bytes: self.body_bytes,
         };
         let io = TokioIo::new(Watched {
-            inner: self.stream,
+            inner: stream,
             pulse: pulse.clone(),
         });
         let life = Life {

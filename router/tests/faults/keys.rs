@@ -54,7 +54,7 @@ async fn keys_change_and_no_stream_is_dropped() {
     let file = KeysFile::new(&keys(&[("old", r#", "max_open_requests": 1"#), ("both", "")]));
     let loaded = ApiKeys::load(&file.0).expect("sound");
     let worker = worker(|config| config.step = Duration::from_millis(5));
-    let house = house_of([worker.address].into_iter(), |_| {}, Some(&loaded)).await;
+    let house = house_of([worker.address].into_iter(), |_| {}, Some(&loaded), None).await;
     let mut client = house.channel().await;
 
     let status = client.generate(asked("p", 3)).await.expect_err("no key");

@@ -13,6 +13,7 @@ mod shim;
 mod slow;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -26,6 +27,7 @@ use swallow_router::{
     keys::ApiKeys,
     metrics::Metrics,
     openai,
+    tls::Certificate,
 };
 use swallow_rpc::inference::v1::{
     self as wire, generate_request::Prompt, generation_service_client::GenerationServiceClient,
@@ -77,13 +79,14 @@ async fn house(workers: &[&MockWorker], change: impl Fn(&mut Limits)) -> House {
 }
 
 async fn house_before(replicas: impl Iterator<Item = SocketAddr>, change: impl Fn(&mut Limits)) -> House {
-    house_of(replicas, change, None).await
+    house_of(replicas, change, None, None).await
 }
 
 async fn house_of(
     replicas: impl Iterator<Item = SocketAddr>,
     change: impl Fn(&mut Limits),
     keys: Option<&ApiKeys>,
+    tls: Option<&Certificate>,
 ) -> House {
     let set: Vec<Replica> = replicas
         .map(|address| Replica {
@@ -135,6 +138,7 @@ async fn house_of(
             open: door.metrics().connections(protocol.label()),
             limits,
             places: places.clone(),
+            tls: tls.map(|tls| tls.acceptor(protocol).expect("the usual versions")),
         };
         tokio::spawn(http::serve(port, watch.clone()));
     }

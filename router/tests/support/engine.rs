@@ -242,6 +242,7 @@ async fn start_with(
             open: metrics.connections(protocol.label()),
             limits: Limits::of(protocol),
             places: places.clone(),
+            tls: None,
         };
         tokio::spawn(http::serve(port, watch.clone()))
     };
