@@ -19,8 +19,8 @@ use swallow_tests::root;
 
 use crate::{Needs, Scenario};
 
-/// Tokens of a long stream: half a minute for twenty of them on two cores.
-const LONG: u32 = 3000;
+/// Tokens of a long stream: twenty seconds for twenty of them on two cores.
+const LONG: u32 = 2000;
 
 macro_rules! scenarios {
     ($($needs:ident $module:ident::$function:ident),* $(,)?) => {
