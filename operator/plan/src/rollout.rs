@@ -213,7 +213,10 @@ impl<'a> Planner<'a> {
         for group in &self.census.current {
             let starts = match &group.phase {
                 Phase::Pending { reason, .. } => *reason == GroupReason::Starting,
-                Phase::Fetching(_) | Phase::Loading(_) | Phase::Warming => true,
+                // One that does not know yet how much there is has not begun: another one may be busy with the same
+                // volume, for hours.
+                Phase::Fetching(progress) => progress.bytes_total > 0,
+                Phase::Loading(_) | Phase::Warming => true,
                 Phase::Serving | Phase::Failed(_) => false,
             };
             let until = after(group.progress_at, patience);

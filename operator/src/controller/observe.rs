@@ -280,7 +280,7 @@ impl World {
                 self.say_what_is_short(pod, &mut group);
                 self.say_what_is_not_mounted(pod, &mut group);
                 match moved.get(&uid) {
-                    Some((phase, at)) if *phase == group.phase && !waits_its_turn(phase) => {
+                    Some((phase, at)) if *phase == group.phase => {
                         group.progress_at = *at;
                     }
                     _ => {
@@ -547,12 +547,6 @@ impl Target<'_> {
         let world = world.clone();
         tasks.spawn(async move { cache(&world).follow(stream, namespace, tell, touched).await });
     }
-}
-
-/// A fetch that does not know yet how much there is has not begun: another one may be busy with the same volume, for
-/// hours, and that is no standing still.
-fn waits_its_turn(phase: &Phase) -> bool {
-    matches!(phase, Phase::Fetching(progress) if progress.bytes_total == 0)
 }
 
 fn managed() -> watcher::Config {
