@@ -304,7 +304,8 @@ fn parse(path: &Path, text: &[u8], before: &Owners) -> Result<Owners, KeysError>
 
 fn digest(text: &str) -> Option<[u8; 32]> {
     let mut digest = [0; 32];
-    if text.len() != 64 || !text.is_ascii() {
+    // A sign is a digit to `from_str_radix`.
+    if text.len() != 64 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
         return None;
     }
     for (i, byte) in digest.iter_mut().enumerate() {
@@ -447,6 +448,10 @@ mod tests {
     fn what_is_wrong_is_named() {
         for (entries, what) in [
             (vec![r#"{"sha256": "ab", "tenant": "t"}"#.to_owned()], "64"),
+            (
+                vec![format!(r#"{{"sha256": "{}", "tenant": "t"}}"#, "+f".repeat(32))],
+                "64",
+            ),
             (vec![entry('a', r#", "tenant": """#)], "keys[0].tenant"),
             (
                 vec![entry('a', r#", "tenant": "t", "weight": 0"#)],

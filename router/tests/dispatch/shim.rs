@@ -1,5 +1,5 @@
 //! A TCP relay, for networks that fail without a word.
-#![allow(dead_code)] // Each test binary uses its part of it.
+#![allow(dead_code, reason = "each test binary uses its part of it")]
 
 use super::MockWorker;
 

@@ -3,7 +3,7 @@
 //!
 //! It runs on a runtime of its own, which `kill` tears down with every socket, as SIGKILL would.
 
-#![allow(dead_code)] // Each test binary uses its part of it.
+#![allow(dead_code, reason = "each test binary uses its part of it")]
 
 #[path = "mock_engine.rs"]
 mod engine;

@@ -1,5 +1,5 @@
 //! What several tests use: a small tokenizer of single bytes, and random text that is hard on decoders.
-#![allow(dead_code)] // Each test target uses its own part.
+#![allow(dead_code, reason = "each test binary uses its part of it")]
 
 pub mod engine;
 pub mod http;
