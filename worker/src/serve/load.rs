@@ -9,7 +9,7 @@ use swallow_proto::{launch::DeviceKind, prefix};
 use swallow_schedule::Limits;
 use tracing::{info, warn};
 
-use super::{Facts, Loaded, ModelFile, ServeError};
+use super::{Facts, Loaded, ModelFile, ServeError, calibrate};
 use crate::{
     checkpoint::{Checkpoint, GenerationConfig, LlamaConfig, TextFiles, eos_union, tokenizer_eos},
     config::{CacheShape, Config, Fit},
@@ -54,15 +54,21 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         workspace_bytes = planned.workspace_bytes,
         "memory planned"
     );
-    let runner = Group::start(Arc::clone(&checkpoint), spec, state.loading())?;
+    let mut runner = Group::start(Arc::clone(&checkpoint), spec, state.loading())?;
     let measured = memory(&runner.memory().total);
+    let limits = limits(config, &fit);
+    let pace = match config.inter_token_latency_target {
+        Some(target) => Some(calibrate::pace(&mut runner, &limits, target)?),
+        None => None,
+    };
     let defaults = if config.generation_defaults {
         Defaults::of_model(&generation)
     } else {
         Defaults::NEUTRAL
     };
     Ok(Loaded {
-        limits: limits(config, &fit),
+        limits,
+        pace,
         facts: Facts {
             boot_id: rand::random(),
             max_model_len: fit.max_model_len,

@@ -51,6 +51,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         Ok(Loaded {
             runner,
             limits,
+            pace: None,
             facts,
             door,
             measured: Memory::default(),
