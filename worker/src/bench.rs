@@ -10,6 +10,7 @@ mod ceiling;
 mod cells;
 mod drive;
 mod floor;
+mod load;
 mod pool;
 mod report;
 mod shapes;
@@ -60,6 +61,9 @@ pub enum BenchError {
     /// The process that measures the start did not.
     #[error("the start could not be measured: {0}")]
     Startup(String),
+    /// Requests to a server failed.
+    #[error("{0}")]
+    Load(String),
 }
 
 /// Runs what the arguments say and prints a line for each measurement.
@@ -69,6 +73,7 @@ pub enum BenchError {
 pub fn run(args: BenchArgs) -> Result<(), BenchError> {
     match args.other {
         None => measure(&args.measure),
+        Some(args::Other::Serve(load)) => load::run(&load),
         Some(args::Other::Startup(measure)) => startup::run(&measure),
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::BenchError;
+use super::{BenchError, load::Load};
 use crate::sampling::SamplingParams;
 
 /// Arguments of `bench`.
@@ -20,6 +20,8 @@ pub struct BenchArgs {
 /// What else can be measured.
 #[derive(Clone, Debug, clap::Subcommand)]
 pub(super) enum Other {
+    /// Put a load on an OpenAI server and measure when tokens come
+    Serve(Load),
     /// Measure the start alone, from this process's exec to the first token
     Startup(Box<Measure>),
 }
