@@ -7,6 +7,7 @@
 
 mod ceiling;
 mod decode;
+mod profile;
 mod shapes;
 
 use std::{
@@ -109,6 +110,10 @@ pub struct BenchArgs {
     /// On a GPU: leave kernels alone that are for one architecture.
     #[arg(long)]
     pub portable_kernels: bool,
+    /// On a GPU: instead of measuring, tell where the time of a step goes, operation by operation. Keys and values are
+    /// what the memory holds.
+    #[arg(long)]
+    pub profile: bool,
 }
 
 /// Why nothing was measured.
@@ -174,6 +179,23 @@ enum Line<'a> {
         ceiling_tokens_per_s: f64,
         fraction: f64,
     },
+    /// Of a step under `--profile`: for tuning, not a figure of the whole.
+    Operation {
+        /// Of single rows, each after so many tokens.
+        batch: usize,
+        context: usize,
+        /// Of a prompt in the same step.
+        prefill_tokens: usize,
+        operation: &'a str,
+        calls: usize,
+        /// Of all calls.
+        ms: f64,
+        share_of_step: f64,
+        gb: f64,
+        gflop: f64,
+        /// The longer of what its bytes and its operations need, over its time.
+        fraction: f64,
+    },
 }
 
 /// Runs all measurements and prints a line for each.
@@ -223,6 +245,7 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
         record: !args.no_recordings,
         portable: args.portable_kernels,
         tuned: true,
+        profile: args.profile,
         fault: None,
     };
     let started = Instant::now();
@@ -260,6 +283,9 @@ pub fn run(args: BenchArgs) -> Result<(), BenchError> {
         seconds: Duration::from_secs_f64(args.seconds),
         step: 0,
     };
+    if args.profile {
+        return bench.profile(&args);
+    }
     for &tokens in &args.prefill_tokens {
         bench.prefill(tokens)?;
     }
@@ -279,6 +305,9 @@ fn check(args: &BenchArgs) -> Result<(), BenchError> {
     }
     if args.batch.is_empty() || args.batch.contains(&0) || args.context == 0 {
         return flag("--batch and --context must be at least 1");
+    }
+    if args.profile && args.device == BenchDevice::Cpu {
+        return flag("--profile needs --device=cuda");
     }
     if args.output_tokens < 3 {
         return flag("--output-tokens must be at least 3: a step is measured from the one before it");

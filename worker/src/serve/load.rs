@@ -64,6 +64,7 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         record: true,
         portable: false,
         tuned: true,
+        profile: false,
         fault: None,
     };
     let planned = match machine {
@@ -271,6 +272,7 @@ fn planned_cuda(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
             record: true,
             portable: false,
             tuned: true,
+            profile: false,
         };
         workspace += cuda::workspace_bytes(&spec, shard.part(model.intermediate_size).len());
     }
