@@ -31,7 +31,10 @@ fn load(url: &str, more: &[&str]) -> (bool, Vec<Value>, String) {
 
 #[test]
 fn a_load_is_served_and_measured() {
-    let mut local = Local::start(&model_yaml("tiny", &root().join("tests/fixtures/tiny"), 1, 1), &[]);
+    let mut local = Local::start(
+        &model_yaml("tiny", &root().join("tests/fixtures/tiny"), 1, 1),
+        &[],
+    );
     let (_, http) = local.ready();
     let url = format!("http://{http}");
 
@@ -40,17 +43,29 @@ fn a_load_is_served_and_measured() {
     let [line] = &lines[..] else {
         panic!("one line, not {lines:?}")
     };
-    assert_eq!((&line["completed"], &line["failed"]), (&8.into(), &0.into()), "{line}");
+    assert_eq!(
+        (&line["completed"], &line["failed"]),
+        (&8.into(), &0.into()),
+        "{line}"
+    );
     let number = |name: &str| line.pointer(name).and_then(Value::as_f64).expect("a number");
     let seconds = number("/seconds");
     // Every answer has all of its tokens, whatever they are.
-    assert!((number("/output_tokens_per_s") * seconds - 96.0).abs() < 0.01, "{line}");
+    assert!(
+        (number("/output_tokens_per_s") * seconds - 96.0).abs() < 0.01,
+        "{line}"
+    );
     for spread in ["ttft_ms", "itl_ms", "request_ms"] {
         let at = |percentile: &str| number(&format!("/{spread}/{percentile}"));
-        assert!(at("p50") > 0.0 && at("p50") <= at("p99") && at("p99") <= at("max"), "{line}");
+        assert!(
+            at("p50") > 0.0 && at("p50") <= at("p99") && at("p99") <= at("max"),
+            "{line}"
+        );
     }
     // Eight requests in three places take at least three rounds of the quickest.
-    assert!(number("/request_ms/p50") <= 1e3 * seconds && number("/ttft_ms/max") <= number("/request_ms/max"));
+    assert!(
+        number("/request_ms/p50") <= 1e3 * seconds && number("/ttft_ms/max") <= number("/request_ms/max")
+    );
     assert!(table.contains("8 requests, 3 at a time, 40 in, 12 out") && table.contains("between tokens"));
 
     let (ok, lines, error) = load(&url, &["--model=nobody"]);

@@ -12,6 +12,7 @@ mod drive;
 mod floor;
 mod load;
 mod pool;
+mod profile;
 mod report;
 mod shapes;
 mod startup;
@@ -112,6 +113,7 @@ impl Setup {
             record: !args.no_recordings,
             portable: args.portable_kernels,
             tuned: true,
+            profile: args.profile,
             random_kv: args.random_kv,
             fault: None,
         };
@@ -173,6 +175,11 @@ fn measure(args: &Measure) -> Result<(), BenchError> {
         report: &mut report,
         runs: 0,
     };
+    if args.profile {
+        bench.profile(&cells)?;
+        report.table();
+        return Ok(());
+    }
     for &cell in &cells.first_token {
         bench.first_token(cell)?;
     }

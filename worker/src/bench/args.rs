@@ -143,6 +143,10 @@ pub(super) struct Measure {
     /// On a GPU: leave kernels alone that are for one architecture.
     #[arg(long)]
     pub(super) portable_kernels: bool,
+    /// On a GPU: instead of measuring, tell where the time of a step goes, operation by operation. Keys and values are
+    /// what the memory holds.
+    #[arg(long)]
+    pub(super) profile: bool,
 }
 
 impl Measure {
@@ -161,6 +165,9 @@ impl Measure {
     }
 
     pub(super) fn startup(&self) -> Cold {
+        if self.profile {
+            return Cold::None;
+        }
         self.startup.unwrap_or(match self.device {
             BenchDevice::Cuda => Cold::Cold,
             BenchDevice::Cpu => Cold::Warm,
@@ -188,6 +195,9 @@ impl Measure {
         }
         if self.output_tokens.is_some_and(|n| n < 3) {
             return flag("--output-tokens must be at least 3: a step is measured from the one before it");
+        }
+        if self.profile && self.device == BenchDevice::Cpu {
+            return flag("--profile needs --device=cuda");
         }
         if self.threads == Some(0) || self.tensor_parallel == 0 {
             return flag("--threads and --tensor-parallel must be at least 1");

@@ -68,6 +68,30 @@ pub(super) enum Line {
         #[serde(skip_serializing_if = "Option::is_none")]
         tuning: Option<&'static str>,
     },
+    /// Of a step under `--profile`: for tuning, not a figure of the whole.
+    Operation {
+        #[serde(flatten)]
+        step: Mix,
+        operation: String,
+        calls: usize,
+        /// Of all calls.
+        ms: f64,
+        share_of_step: f64,
+        gb: f64,
+        gflop: f64,
+        /// The longer of what its bytes and its operations need, over its time.
+        fraction: f64,
+    },
+}
+
+/// What a profiled step is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub(super) struct Mix {
+    /// Single rows, each after so many tokens.
+    pub(super) batch: usize,
+    pub(super) context: usize,
+    /// Of a prompt in the same step.
+    pub(super) prefill_tokens: usize,
 }
 
 /// Every line so far.
@@ -119,7 +143,54 @@ impl Report {
                 text.push('\n');
             }
         }
+        text.push_str(&self.operations());
+        text.push_str(&self.cells());
+        text
+    }
+
+    /// Of profiled steps, the longest first.
+    fn operations(&self) -> String {
+        let (mut text, mut last) = (String::new(), None);
+        for line in &self.lines {
+            let Line::Operation {
+                step,
+                operation,
+                calls,
+                ms,
+                share_of_step,
+                gb,
+                gflop,
+                fraction,
+            } = line
+            else {
+                continue;
+            };
+            if last.replace(step) != Some(step) {
+                let Mix {
+                    batch,
+                    context,
+                    prefill_tokens,
+                } = step;
+                let _ = writeln!(
+                    text,
+                    "\n{batch} rows after {context}, a prompt of {prefill_tokens}\n{:<32} {:>6} {:>9} {:>6} {:>9} {:>10} {:>9}",
+                    "", "calls", "ms", "share", "GB", "GFLOP", "fraction"
+                );
+            }
+            let _ = writeln!(
+                text,
+                "{operation:<32} {calls:>6} {ms:>9.3} {share_of_step:>6.3} {gb:>9.3} {gflop:>10.1} {fraction:>9.2}"
+            );
+        }
+        text
+    }
+
+    fn cells(&self) -> String {
+        let mut text = String::new();
         let cells: Vec<Cell> = self.lines.iter().filter_map(Line::cell).collect();
+        if cells.is_empty() {
+            return text;
+        }
         let _ = writeln!(
             text,
             "{:<16} {:>10} {:>10} {:>9} {:>10}  all",
@@ -167,7 +238,7 @@ struct Cell {
 impl Line {
     fn cell(&self) -> Option<Cell> {
         match self {
-            Self::Group { .. } => None,
+            Self::Group { .. } | Self::Operation { .. } => None,
             Self::Startup { seconds, cold, .. } => Some(Cell {
                 name: if *cold { "startup, cold" } else { "startup" }.to_owned(),
                 ms: 1e3 * seconds,
@@ -244,5 +315,43 @@ mod tests {
                 "{line:?} is not in:\n{table}"
             );
         }
+    }
+
+    #[test]
+    fn operations_stand_below_their_step() {
+        let step = Mix {
+            batch: 8,
+            context: 1024,
+            prefill_tokens: 0,
+        };
+        let of = |operation: &str, step| Line::Operation {
+            step,
+            operation: operation.into(),
+            calls: 32,
+            ms: 1.5,
+            share_of_step: 0.25,
+            gb: 4.0,
+            gflop: 64.0,
+            fraction: 0.9,
+        };
+        let alone = Mix { batch: 1, ..step };
+        let report = Report {
+            lines: vec![of("attention", step), of("sample", step), of("attention", alone)],
+        };
+        let table = report.render();
+        let starts: Vec<&str> = table
+            .lines()
+            .filter_map(|line| line.split_whitespace().next())
+            .collect();
+        assert_eq!(
+            starts,
+            ["8", "calls", "attention", "sample", "1", "calls", "attention"],
+            "{table}"
+        );
+        let json = serde_json::to_value(&report.lines[0]).expect("JSON");
+        assert_eq!(
+            (&json["measured"], &json["batch"]),
+            (&"operation".into(), &8.into())
+        );
     }
 }

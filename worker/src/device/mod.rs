@@ -16,7 +16,7 @@ mod step;
 use std::{ops::Range, sync::Arc};
 
 pub use part::{Part, RandomTensor, Source};
-pub use step::{BadStep, HeadAsk, HeadOut, HeadUse, Landed, RowToken, StepMeta, StepShape, WorkMeta};
+pub use step::{BadStep, HeadAsk, HeadOut, HeadUse, Landed, OpTime, RowToken, StepMeta, StepShape, WorkMeta};
 
 /// Steps that a device may have been given before the first of them has landed.
 pub const AHEAD_MAX: usize = 2;

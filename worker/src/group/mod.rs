@@ -26,7 +26,8 @@ use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 use crate::{
     checkpoint::LlamaConfig,
     device::{
-        AHEAD_MAX, DeviceError, HeadOut, HeadUse, Landed, StepMeta, StepShape, cpu::Exchange, cuda::GroupId,
+        AHEAD_MAX, DeviceError, HeadOut, HeadUse, Landed, OpTime, StepMeta, StepShape, cpu::Exchange,
+        cuda::GroupId,
     },
     model::{Shard, Slice, Weights},
     sampling::{Sampler, SamplingParams, TokenScore},
@@ -79,6 +80,8 @@ pub struct GroupSpec {
     /// On GPUs: of several ways to multiply, the one that is fastest at start. Without, always the same one, so that two
     /// starts give the same bits.
     pub tuned: bool,
+    /// On GPUs: tell where the time of each step goes. Steps are slower, and none is recorded.
+    pub profile: bool,
     /// For benchmarks: keys and values are random numbers from the start, as if something had been computed.
     pub random_kv: bool,
     /// Test instrument, on no command line: a rank that misbehaves.
@@ -171,6 +174,8 @@ pub struct StepResult {
     pub prompt_scores: Vec<PromptScores>,
     /// It ran from a recording.
     pub replayed: bool,
+    /// Where the first rank's time went, of a group that was told to look.
+    pub op_times: Vec<OpTime>,
 }
 
 impl StepResult {
@@ -569,7 +574,10 @@ fn bytes_to_read(weights: &Weights, of: usize) -> u64 {
 }
 
 /// Puts the ranks' answers in the order of the step's asks.
-fn collect(meta: &StepMeta, landed: Vec<Landed>) -> StepResult {
+fn collect(meta: &StepMeta, mut landed: Vec<Landed>) -> StepResult {
+    let op_times = landed
+        .first_mut()
+        .map(|first| std::mem::take(&mut first.op_times));
     let replayed = landed.iter().all(|landed| landed.replayed);
     let mut outs: Vec<HeadOut> = landed.into_iter().flat_map(|landed| landed.outs).collect();
     outs.sort_unstable_by_key(|out| out.ask);
@@ -579,6 +587,7 @@ fn collect(meta: &StepMeta, landed: Vec<Landed>) -> StepResult {
     );
     let mut result = StepResult {
         replayed,
+        op_times: op_times.unwrap_or_default(),
         ..StepResult::default()
     };
     for (ask, out) in meta.asks.iter().zip(outs) {

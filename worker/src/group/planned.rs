@@ -32,6 +32,7 @@ pub fn on_gpus(model: &LlamaConfig, spec: &GroupSpec) -> RankMemory {
             record: spec.record,
             portable: spec.portable,
             tuned: spec.tuned,
+            profile: spec.profile,
         };
         memory.workspace_bytes += cuda::workspace_bytes(&device, shard.part(model.intermediate_size).len());
         let heads = shard.heads(model);

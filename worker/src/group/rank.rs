@@ -157,6 +157,7 @@ impl Member {
             record: self.spec.record,
             portable: self.spec.portable,
             tuned: self.spec.tuned,
+            profile: self.spec.profile,
         };
         CudaDevice::new(spec, self.id, self.exchange.clone())
     }

@@ -115,6 +115,7 @@ fn group_spec(config: &Config, machine: Machine, fit: &Fit) -> GroupSpec {
         record: true,
         portable: false,
         tuned: true,
+        profile: false,
         random_kv: false,
         fault: None,
     }

@@ -530,6 +530,7 @@ impl Device for CpuDevice {
             outs,
             fingerprint,
             replayed: false,
+            op_times: Vec::new(),
         });
         Ok(())
     }

@@ -50,6 +50,7 @@ pub(super) const SOURCES: &[SourceFile] = sources![
     "hopper" for "sm_90a",
     "norm",
     "prefill",
+    "product" for "sm_90a",
     "rope",
     "sample",
     "skinny",

@@ -18,23 +18,24 @@ mod nccl;
 mod nvrtc;
 mod ops;
 mod peaks;
+mod product;
+mod profile;
 mod recording;
 mod upload;
 
-use std::{
-    collections::{HashSet, VecDeque},
-    sync::Arc,
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use self::{
     attention::Attention,
-    blas::{Blas, Shape},
+    blas::Blas,
     draws::Draws,
     driver::{Event, Gpu, Memory},
     head::{Flight, Head},
     load::Staging,
     nccl::Comm,
     ops::Kernels,
+    product::Products,
+    profile::Profile,
     recording::Recordings,
     upload::Uploads,
 };
@@ -46,6 +47,7 @@ pub use self::{
     libs::LibraryError,
     nccl::GroupId,
     peaks::{Peaks, measure as measure_peaks},
+    product::{ProductCheck, check_products},
 };
 
 /// Sets what NVIDIA's libraries read when they are opened. No NVLink multicast: a program that ends badly while it uses
@@ -92,6 +94,8 @@ pub struct CudaSpec {
     pub portable: bool,
     /// Try ways to multiply, and take the fastest.
     pub tuned: bool,
+    /// Tell where the time of each step goes; nothing is recorded then.
+    pub profile: bool,
 }
 
 /// One rank on one GPU.
@@ -100,8 +104,8 @@ pub struct CudaDevice {
     gpu: Arc<Gpu>,
     kernels: Kernels,
     blas: Blas,
-    /// Products that our own kernel computes.
-    own_products: HashSet<Shape>,
+    /// Those that our own kernels compute.
+    products: Products,
     /// In a group of several.
     comm: Option<Comm>,
     exchange: Arc<Exchange>,
@@ -125,6 +129,7 @@ pub struct CudaDevice {
     side: usize,
     allocated: Allocated,
     disturbed: bool,
+    profile: Option<Profile>,
 }
 
 /// Weights `[outs, ins]`.
@@ -218,6 +223,7 @@ impl CudaDevice {
         let attention = Attention::new(&gpu, &spec)?;
         let head = Head::new(&gpu, &spec)?;
         let draws = Draws::new(&gpu, &spec)?;
+        let products = Products::new(&gpu)?;
         let staging = Staging::new(&gpu)?;
         let turns = gpu.alloc(turns_bytes(&spec), "rotary embedding")?;
         let workspace = blas::WORKSPACE_BYTES
@@ -225,7 +231,8 @@ impl CudaDevice {
             + uploads.bytes()
             + attention.bytes()
             + head.bytes()
-            + draws.bytes();
+            + draws.bytes()
+            + products.bytes();
         tracing::info!(
             rank,
             gpu = gpu.name,
@@ -244,11 +251,12 @@ impl CudaDevice {
                 ..Allocated::default()
             },
             disturbed: false,
+            profile: spec.profile.then(|| Profile::new(&gpu)).transpose()?,
             spec,
             gpu,
             kernels,
             blas,
-            own_products: HashSet::new(),
+            products,
             comm,
             exchange,
             staging,
@@ -313,7 +321,8 @@ pub fn workspace_bytes(spec: &CudaSpec, inner: usize) -> u64 {
         + upload::planned_bytes(spec)
         + attention::planned_bytes(spec)
         + head::planned_bytes(spec)
-        + draws::planned_bytes(spec);
+        + draws::planned_bytes(spec)
+        + product::MAPS_BYTES;
     (activations + others) as u64
 }
 
