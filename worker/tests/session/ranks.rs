@@ -36,6 +36,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         record: true,
         portable: false,
         tuned: false,
+        profile: false,
         fault: Some(Fault {
             rank: 1,
             step: 3,
