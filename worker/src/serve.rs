@@ -4,6 +4,7 @@
 //! opens when the runner has done its warm-up step. One thread loads the model and then runs the loop on it. Written
 //! over `Runner`, so that the whole protocol is tested on a runner that fails on purpose.
 
+mod calibrate;
 mod compiler;
 mod error;
 mod facts;

@@ -207,6 +207,7 @@ pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
         max_running: engine.max_concurrent_sequences,
         max_waiting: engine.max_concurrent_sequences,
         max_step_tokens: engine.max_step_tokens,
+        inter_token_latency_target_ms: engine.inter_token_latency_target_ms,
         block_tokens: BLOCK_TOKENS,
         kv_bytes: valid.kv_bytes,
         device_memory_percent: None,

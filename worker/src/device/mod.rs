@@ -206,6 +206,12 @@ pub trait Device {
     /// If memory runs out.
     fn kv(&mut self, shape: KvShape) -> Result<Self::Kv, DeviceError>;
 
+    /// Fills the pool with random numbers, for measuring attention over what nobody computed.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn randomise(&mut self, kv: &mut Self::Kv) -> Result<(), DeviceError>;
+
     /// Bytes allocated so far.
     fn allocated(&self) -> Allocated;
 

@@ -5,6 +5,7 @@
 //! a panic, a stall, or ranks that disagree, it names rank and step and never runs again.
 
 mod error;
+mod planned;
 mod rank;
 
 use std::{
@@ -19,6 +20,7 @@ use std::{
 };
 
 pub use error::{Cause, GroupError};
+pub use planned::on_gpus as planned_on_gpus;
 use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 
 use crate::{
@@ -80,6 +82,8 @@ pub struct GroupSpec {
     pub tuned: bool,
     /// On GPUs: tell where the time of each step goes. Steps are slower, and none is recorded.
     pub profile: bool,
+    /// For benchmarks: keys and values are random numbers from the start, as if something had been computed.
+    pub random_kv: bool,
     /// Test instrument, on no command line: a rank that misbehaves.
     pub fault: Option<Fault>,
 }

@@ -167,6 +167,7 @@ impl Member {
             shard: self.shard,
             n_blocks: self.spec.n_blocks,
             block_tokens: self.spec.block_tokens,
+            random_kv: self.spec.random_kv,
         };
         let llama = Llama::load(&mut device, &self.weights, spec, &self.progress.bytes_done)?;
         let (bytes, gpu) = (device.allocated(), device.memory()?);

@@ -32,6 +32,7 @@ async fn worker() -> Worker {
         Ok(Loaded {
             runner,
             limits,
+            pace: None,
             facts,
             door,
             measured: Memory::default(),

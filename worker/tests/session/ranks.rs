@@ -37,6 +37,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         portable: false,
         tuned: false,
         profile: false,
+        random_kv: false,
         fault: Some(Fault {
             rank: 1,
             step: 3,
@@ -51,6 +52,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         Ok(Loaded {
             runner,
             limits,
+            pace: None,
             facts,
             door,
             measured: Memory::default(),

@@ -43,6 +43,7 @@ pub fn spec(tensor_parallel: usize) -> GroupSpec {
         portable: false,
         tuned: false,
         profile: false,
+        random_kv: false,
         fault: None,
     }
 }

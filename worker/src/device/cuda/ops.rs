@@ -28,6 +28,7 @@ const VECTOR: usize = 8;
 pub(super) struct Kernels {
     pub(super) embed: Kernel,
     pub(super) fill_random: Kernel,
+    pub(super) read_stream: Kernel,
     pub(super) add_norm: Kernel,
     pub(super) silu_mul: Kernel,
     turns: Kernel,
@@ -80,6 +81,7 @@ impl Kernels {
         Ok(Self {
             embed: chained("embed", "embed")?,
             fill_random: kernel("fill", "fill_random", 0)?,
+            read_stream: kernel("stream", "read_stream", 0)?,
             add_norm: chained("norm", "add_norm")?,
             silu_mul: chained("norm", "silu_mul")?,
             turns: chained("rope", "turns")?,
@@ -299,6 +301,16 @@ impl Device for CudaDevice {
             "attention kernels chosen"
         );
         Ok(kv)
+    }
+
+    fn randomise(&mut self, kv: &mut Kv) -> Result<(), DeviceError> {
+        let heads = kv.shape.heads;
+        let rows = (kv.shape.n_blocks + 1) * kv.shape.block_tokens * heads.n_kv;
+        for half in 0..2 * kv.shape.n_layers {
+            let to = kv.memory.address + (half * Kv::half_bytes(&kv.shape)) as u64;
+            self.kernels.fill(&self.gpu, to, half as u64, (rows, heads.dim))?;
+        }
+        Ok(())
     }
 
     fn allocated(&self) -> Allocated {
