@@ -39,14 +39,18 @@ const STEP: Duration = Duration::from_millis(20);
 /// Streams that are held open get a token now and then.
 const HELD_STEP: Duration = Duration::from_secs(2);
 
+/// The router allocates with it, and so do the relays that it is compared with.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// What the router costs beside a bare relay
 #[derive(Parser)]
 struct Cli {
     /// Fewer streams and shorter measurements: to see that it runs
     #[arg(long)]
     quick: bool,
-    /// Only cases whose names contain this
-    #[arg(long, value_name = "TEXT")]
+    /// Only these cases: growth (of tokenising), request, token, first or held
+    #[arg(long, value_name = "CASES")]
     only: Option<String>,
     /// Seconds of each measurement
     #[arg(long, value_name = "S")]
@@ -54,6 +58,9 @@ struct Cli {
     /// A folder with tokenizer.json, tokenizer_config.json and a chat template
     #[arg(long, value_name = "FOLDER", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tiny"))]
     model: PathBuf,
+    /// Measure this program, as an older build, instead of the one built here
+    #[arg(long, value_name = "PROGRAM", default_value = env!("CARGO_BIN_EXE_swallow-router"))]
+    router: PathBuf,
     /// This process is told by its input what to do
     #[arg(long, hide = true)]
     peer: bool,
@@ -179,7 +186,7 @@ fn measure(cli: &Cli) -> Outcome<()> {
     let sizes = Sizes::of(cli);
     let model = Model::load(&cli.model)?;
     let bench = Bench {
-        router: PathBuf::from(env!("CARGO_BIN_EXE_swallow-router")),
+        router: cli.router.clone(),
         folder: cli.model.clone(),
         texts: model.conversations(PROMPT_TOKENS as usize),
         vocab_size: model.vocab_size(),
@@ -189,7 +196,7 @@ fn measure(cli: &Cli) -> Outcome<()> {
     let wanted = |name: &str| cli.only.as_deref().is_none_or(|only| name.contains(only));
     let mut report = Report::default();
     report.machine();
-    if wanted("tokenise") {
+    if wanted("growth") {
         model.growth(&mut report)?;
     }
     for front in [Front::Grpc, Front::Http] {
