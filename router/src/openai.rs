@@ -3,6 +3,7 @@
 //! A field that is known is served or refused by name; one that nobody knows is named in the response's header
 //! `x-swallow-ignored-fields`. Any bearer token will do: who may ask is not decided here.
 
+mod body;
 mod calls;
 mod chat;
 mod completions;
