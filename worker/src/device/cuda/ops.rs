@@ -614,9 +614,9 @@ impl Device for CudaDevice {
         _residual: &Rows,
         normed: &Rows,
         head: &Matrix,
-        split: &VocabSplit,
+        _split: &VocabSplit,
     ) -> Result<(), DeviceError> {
-        self.sample(&step, normed, head, split)
+        self.sample(&step, normed, head)
     }
 
     fn land(&mut self) -> Result<Option<Landed>, DeviceError> {
