@@ -4,7 +4,6 @@
 //! `x-swallow-ignored-fields`. Any bearer token will do: who may ask is not decided here.
 
 mod body;
-mod calls;
 mod chat;
 mod completions;
 mod error;
@@ -15,7 +14,6 @@ mod logprobs;
 mod params;
 mod render;
 mod tokens;
-mod tools;
 
 use std::{collections::BTreeMap, time::Instant};
 

@@ -7,6 +7,8 @@
 
 #[path = "cuda/draws.rs"]
 mod draws;
+#[path = "cuda/grammars.rs"]
+mod grammars;
 mod support;
 
 use std::{path::PathBuf, sync::Arc};

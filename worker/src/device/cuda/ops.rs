@@ -561,9 +561,9 @@ impl Device for CudaDevice {
         _residual: &Rows,
         normed: &Rows,
         head: &Matrix,
-        split: &VocabSplit,
+        _split: &VocabSplit,
     ) -> Result<(), DeviceError> {
-        self.sample(&step, normed, head, split)?;
+        self.sample(&step, normed, head)?;
         self.mark("drawing and copies", 0, 0)
     }
 
