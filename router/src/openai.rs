@@ -3,7 +3,7 @@
 //! A field that is known is served or refused by name; one that nobody knows is named in the response's header
 //! `x-swallow-ignored-fields`. Any bearer token will do: who may ask is not decided here.
 
-mod calls;
+mod body;
 mod chat;
 mod completions;
 mod error;
@@ -14,7 +14,6 @@ mod logprobs;
 mod params;
 mod render;
 mod tokens;
-mod tools;
 
 use std::{collections::BTreeMap, time::Instant};
 

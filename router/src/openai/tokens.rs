@@ -6,7 +6,13 @@ use axum::{
 };
 use serde::Serialize;
 
-use super::{Api, Asked, chat::conversation, error::Problem, fields::Fields, known::Page, tools::Tools};
+use super::{
+    Api, Asked,
+    chat::{conversation, tools},
+    error::Problem,
+    fields::Fields,
+    known::Page,
+};
 use crate::{
     generate::{Input, Invalid},
     metrics::Call,
@@ -43,7 +49,7 @@ impl ToTokenize {
                     add_special: fields.bool("add_special_tokens")?.unwrap_or(true),
                 },
                 None => {
-                    let tools = Tools::read(fields)?;
+                    let tools = tools(fields)?;
                     let mut chat = conversation(fields)?;
                     tools.show(&mut chat);
                     Input::Chat(chat)

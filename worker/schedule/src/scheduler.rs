@@ -239,6 +239,15 @@ impl Scheduler {
         }
     }
 
+    /// Lets a sequence go in step with the host, as a grammar demands: from now on it gets no row while a token of it is
+    /// in flight, so that each token is seen before the next one is chosen. All others are planned ahead as ever. An
+    /// unknown id changes nothing.
+    pub fn keep_in_step(&mut self, id: SeqId) {
+        if let Some(&at) = self.ids.get(&id) {
+            self.seq_mut(at).in_step = true;
+        }
+    }
+
     /// Running => Parked: slot and blocks are for others, until the window opens.
     pub(crate) fn park(&mut self, at: Index) {
         let seq = self.sequences[at.0]

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use fastrand::Rng;
-use swallow_schedule::{Ask, Finish, Limits, Micros, Output, Refusal, Scheduler, SeqId, Step, StepId, Work};
+use swallow_schedule::{
+    Ask, Finish, Input, Limits, Micros, Output, Refusal, Scheduler, SeqId, Step, StepId, Work,
+};
 
 use crate::device::{Device, colliding_key_of, key_of, undisturbed, with_surplus};
 
@@ -75,6 +77,8 @@ struct Client {
     max_planned_sample: Option<u32>,
     /// Tokens that it may have.
     window: u32,
+    /// Nothing may be planned on a token of it that is in flight.
+    in_step: bool,
 }
 
 struct InFlight {
@@ -210,12 +214,17 @@ impl World {
                     scored: BTreeSet::new(),
                     max_planned_sample: None,
                     window: u32::MAX,
+                    in_step: false,
                     ask,
                 };
                 if self.rng.u32(0..3) == 0 {
                     let window = self.rng.u32(0..6);
                     self.scheduler.set_window(client.ask.id, window);
                     client.window = window.max(1);
+                }
+                if self.rng.u32(0..4) == 0 {
+                    self.scheduler.keep_in_step(client.ask.id);
+                    client.in_step = true;
                 }
                 assert_eq!(self.live.insert(client.ask.id, self.clients.len()), None);
                 self.clients.push(client);
@@ -329,6 +338,10 @@ impl World {
         let clients: Vec<usize> = step.works.iter().map(|work| self.live[&work.seq]).collect();
         for (work, &client) in step.works.iter().zip(&clients) {
             let client = &mut self.clients[client];
+            assert!(
+                !client.in_step || work.input != Input::LastSampled,
+                "{work:?} follows a token that nobody has seen"
+            );
             if let Some(index) = work.sample {
                 assert!(index < client.ask.max_tokens, "a token too many is planned");
                 assert!(index < client.window, "a token past the window is planned");

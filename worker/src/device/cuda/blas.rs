@@ -148,7 +148,7 @@ pub(super) struct Blas {
 unsafe impl Send for Blas {}
 
 /// Rows up to which choices are tried.
-pub(super) const TRIED_ROWS: usize = 256;
+const TRIED_ROWS: usize = 256;
 /// Choices that are tried.
 const CHOICES: usize = 8;
 /// Runs of each choice; the median counts.

@@ -12,7 +12,7 @@ use std::{
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute_enum,
     CUgraph, CUgraphExec, CUgraphNode, CUlaunchAttribute, CUlaunchAttributeID_enum, CUlaunchAttributeValue,
-    CUlaunchAttributeValue_union__bindgen_ty_1, CUlaunchConfig, CUmodule, CUstream, CUtensorMap,
+    CUlaunchConfig, CUmodule, CUstream, CUtensorMap,
 };
 
 use super::libs::{Library, LibraryError, Wanted, functions, string};
@@ -73,6 +73,8 @@ functions! {
         module_function = c"cuModuleGetFunction" (*mut CUfunction, CUmodule, *const c_char) -> c_int;
         function_set = c"cuFuncSetAttribute" (CUfunction, CUfunction_attribute_enum, c_int) -> c_int;
         launch_with = c"cuLaunchKernelEx" (*const CUlaunchConfig, CUfunction, *mut *mut c_void, *mut *mut c_void) -> c_int;
+        launch = c"cuLaunchKernel" (CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream,
+            *mut *mut c_void, *mut *mut c_void) -> c_int;
     }
 }
 
@@ -456,23 +458,6 @@ impl Gpu {
         shared: u32,
         arguments: &mut [Arg],
     ) -> Result<(), DeviceError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.launch_clusters(kernel, 1, grid, block, shared, arguments) }
-    }
-
-    /// As [`Gpu::launch`], in clusters of `cluster` consecutive blocks, which divides the grid's first number.
-    ///
-    /// # Safety
-    /// As for [`Gpu::launch`], and a chained kernel waits before it touches what others wrote.
-    pub(super) unsafe fn launch_clusters(
-        &self,
-        kernel: &Kernel,
-        cluster: u32,
-        grid: [u32; 3],
-        block: [u32; 3],
-        shared: u32,
-        arguments: &mut [Arg],
-    ) -> Result<(), DeviceError> {
         const MOST: usize = 40;
         let mut addresses = [ptr::null_mut::<c_void>(); MOST];
         assert!(
@@ -483,34 +468,51 @@ impl Gpu {
         for (address, argument) in addresses.iter_mut().zip(arguments) {
             *address = ptr::from_mut(&mut argument.0).cast();
         }
-        let attribute = |id, value| CUlaunchAttribute {
-            id,
-            pad: [0; 4],
-            value,
+        if kernel.chained {
+            // SAFETY: the caller's promise, and a chained kernel waits for its predecessor by itself.
+            let code = unsafe { self.launch_chained(kernel, grid, block, shared, addresses.as_mut_ptr()) };
+            return self.check(code, kernel.name);
+        }
+        // SAFETY: the addresses live until the call returns, which copies what they point to; the rest is the caller's
+        // promise.
+        let code = unsafe {
+            (self.driver.launch)(
+                kernel.function,
+                grid[0],
+                grid[1],
+                grid[2],
+                block[0],
+                block[1],
+                block[2],
+                shared,
+                self.stream,
+                addresses.as_mut_ptr(),
+                ptr::null_mut(),
+            )
         };
-        let mut attributes = [
-            attribute(
-                CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                CUlaunchAttributeValue {
-                    programmaticStreamSerializationAllowed: c_int::from(kernel.chained),
-                },
-            ),
-            attribute(
-                CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-                CUlaunchAttributeValue {
-                    clusterDim: CUlaunchAttributeValue_union__bindgen_ty_1 {
-                        x: cluster,
-                        y: 1,
-                        z: 1,
-                    },
-                },
-            ),
-        ];
-        // Older GPUs know neither.
-        let n = match (kernel.chained, cluster > 1) {
-            (_, true) => 2,
-            (true, false) => 1,
-            (false, false) => 0,
+        self.check(code, kernel.name)
+    }
+}
+
+impl Gpu {
+    /// Launches a kernel that may begin before the one before it is done.
+    ///
+    /// # Safety
+    /// As for [`Gpu::launch`], and the kernel waits before it touches what others wrote.
+    unsafe fn launch_chained(
+        &self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: u32,
+        arguments: *mut *mut c_void,
+    ) -> c_int {
+        let mut early = CUlaunchAttribute {
+            id: CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
         };
         let config = CUlaunchConfig {
             gridDimX: grid[0],
@@ -521,15 +523,11 @@ impl Gpu {
             blockDimZ: block[2],
             sharedMemBytes: shared,
             hStream: self.stream,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: n,
+            attrs: &mut early,
+            numAttrs: 1,
         };
-        // SAFETY: config and addresses live until the call returns, which copies what they point to; the rest is the
-        // caller's promise.
-        let code = unsafe {
-            (self.driver.launch_with)(&config, kernel.function, addresses.as_mut_ptr(), ptr::null_mut())
-        };
-        self.check(code, kernel.name)
+        // SAFETY: config and addresses live until the call returns; the rest is the caller's promise.
+        unsafe { (self.driver.launch_with)(&config, kernel.function, arguments, ptr::null_mut()) }
     }
 }
 

@@ -50,7 +50,6 @@ pub(super) const SOURCES: &[SourceFile] = sources![
     "hopper" for "sm_90a",
     "norm",
     "prefill",
-    "product" for "sm_90a",
     "rope",
     "sample",
     "skinny",

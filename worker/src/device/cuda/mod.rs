@@ -23,18 +23,20 @@ mod profile;
 mod recording;
 mod upload;
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+};
 
 use self::{
     attention::Attention,
-    blas::Blas,
+    blas::{Blas, Shape},
     draws::Draws,
     driver::{Event, Gpu, Memory},
     head::{Flight, Head},
     load::Staging,
     nccl::Comm,
     ops::Kernels,
-    product::Products,
     profile::Profile,
     recording::Recordings,
     upload::Uploads,
@@ -104,8 +106,8 @@ pub struct CudaDevice {
     gpu: Arc<Gpu>,
     kernels: Kernels,
     blas: Blas,
-    /// Those that our own kernels compute.
-    products: Products,
+    /// Products that our own kernel computes.
+    own_products: HashSet<Shape>,
     /// In a group of several.
     comm: Option<Comm>,
     exchange: Arc<Exchange>,
@@ -223,7 +225,6 @@ impl CudaDevice {
         let attention = Attention::new(&gpu, &spec)?;
         let head = Head::new(&gpu, &spec)?;
         let draws = Draws::new(&gpu, &spec)?;
-        let products = Products::new(&gpu)?;
         let staging = Staging::new(&gpu)?;
         let turns = gpu.alloc(turns_bytes(&spec), "rotary embedding")?;
         let workspace = blas::WORKSPACE_BYTES
@@ -231,8 +232,7 @@ impl CudaDevice {
             + uploads.bytes()
             + attention.bytes()
             + head.bytes()
-            + draws.bytes()
-            + products.bytes();
+            + draws.bytes();
         tracing::info!(
             rank,
             gpu = gpu.name,
@@ -256,7 +256,7 @@ impl CudaDevice {
             gpu,
             kernels,
             blas,
-            products,
+            own_products: HashSet::new(),
             comm,
             exchange,
             staging,
@@ -321,8 +321,7 @@ pub fn workspace_bytes(spec: &CudaSpec, inner: usize) -> u64 {
         + upload::planned_bytes(spec)
         + attention::planned_bytes(spec)
         + head::planned_bytes(spec)
-        + draws::planned_bytes(spec)
-        + product::MAPS_BYTES;
+        + draws::planned_bytes(spec);
     (activations + others) as u64
 }
 

@@ -11,7 +11,6 @@ use super::{
     driver::{Arg, Gpu, Kernel, Memory, Module},
     kernels::{KernelError, SOURCES, SourceFile, arch, machine_code},
     nccl::Numbers,
-    product::HOPPER_PRODUCTS,
 };
 use crate::device::{
     Allocated, Device, DeviceError, Heads, KvShape, Landed, MachineMemory, Norm, Part, RandomTensor, Source,
@@ -50,8 +49,6 @@ pub(super) struct Kernels {
     pub(super) count_tokens: Kernel,
     /// Of few rows: by the numbers of the result, bf16 and fp32, and up to 8 and 16 rows.
     pub(super) products: [[Kernel; 2]; 2],
-    /// For Hopper, in the order of `product.rs`.
-    pub(super) hopper_products: Vec<Kernel>,
 }
 
 impl Kernels {
@@ -109,14 +106,6 @@ impl Kernels {
             survey_rows: kernel("sample", "survey_rows", 0)?,
             sample_rows: kernel("sample", "sample_rows", 0)?,
             count_tokens: kernel("sample", "count_tokens", 0)?,
-            hopper_products: HOPPER_PRODUCTS
-                .iter()
-                .filter(|_| has("product"))
-                .map(|product| {
-                    let kernel = kernel("product", product.name, product.shared())?;
-                    Ok(kernel.chained(chain))
-                })
-                .collect::<Result<_, DeviceError>>()?,
             products: [
                 [chained("skinny", "product_8")?, chained("skinny", "product_16")?],
                 [
@@ -572,9 +561,9 @@ impl Device for CudaDevice {
         _residual: &Rows,
         normed: &Rows,
         head: &Matrix,
-        split: &VocabSplit,
+        _split: &VocabSplit,
     ) -> Result<(), DeviceError> {
-        self.sample(&step, normed, head, split)?;
+        self.sample(&step, normed, head)?;
         self.mark("drawing and copies", 0, 0)
     }
 
