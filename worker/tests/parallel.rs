@@ -87,6 +87,7 @@ fn results_do_not_depend_on_the_batch() {
         engine.reset(512, false);
         engine.scheduler.set_pace(Pace {
             target: Micros(1),
+            rows_min: 13,
             costs: CostModel::new(),
         });
         assert_eq!(
