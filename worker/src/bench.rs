@@ -7,7 +7,6 @@
 
 mod ceiling;
 mod decode;
-mod shapes;
 
 use std::{
     path::{Path, PathBuf},
@@ -21,6 +20,7 @@ use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, LlamaConfig},
     device::{AHEAD_MAX, DeviceError, cpu::Isa, cuda},
+    dummy::shapes,
     group::{Group, GroupError, GroupSpec, LoadProgress, Machine},
     model::Weights,
     sampling::SamplingParams,

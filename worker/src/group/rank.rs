@@ -167,6 +167,7 @@ impl Member {
             n_blocks: self.spec.n_blocks,
             block_tokens: self.spec.block_tokens,
         };
+        self.progress.begin();
         let llama = Llama::load(&mut device, &self.weights, spec, &self.progress.bytes_done)?;
         let (bytes, gpu) = (device.allocated(), device.memory()?);
         let memory = RankMemory {

@@ -5,7 +5,10 @@
 
 use std::sync::Arc;
 
-use swallow_proto::{launch::DeviceKind, prefix};
+use swallow_proto::{
+    launch::{DeviceKind, LoadFormat},
+    prefix,
+};
 use swallow_schedule::Limits;
 use tracing::{info, warn};
 
@@ -18,9 +21,10 @@ use crate::{
         cpu::HEAD_ROWS,
         cuda::{self, CudaSpec},
     },
+    dummy::DummyModel,
     engine::{Defaults, Door},
     group::{Group, GroupSpec, Machine, RankMemory},
-    model::{Shard, Slice},
+    model::{Shard, Slice, Weights},
     state::{Memory, State},
 };
 
@@ -30,21 +34,18 @@ use crate::{
 /// The folder is not a model that this worker serves, the flags do not fit it, or a rank did not start.
 pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, ServeError> {
     let ranks = to_usize(config.tensor_parallel);
-    let checkpoint = Arc::new(Checkpoint::open(&config.model, ranks)?);
-    let text = TextFiles::read(&config.model)?;
+    let (weights, text) = open(config, ranks)?;
+    let model = weights.config().clone();
     let generation = GenerationConfig::read(&text)?;
     if !generation.unused.is_empty() {
         warn!(keys = ?generation.unused, "generation_config.json sets what this worker has no default for");
     }
-    let vocab_size = to_u32(checkpoint.config().vocab_size);
-    let eos_token_ids = reachable(
-        eos_union(checkpoint.config(), &generation, tokenizer_eos(&text)?),
-        vocab_size,
-    );
+    let vocab_size = to_u32(model.vocab_size);
+    let eos_token_ids = reachable(eos_union(&model, &generation, tokenizer_eos(&text)?), vocab_size);
     let machine = machine(config.device)?;
-    let config = &with_kv_bytes(config, machine, checkpoint.config())?;
-    let fit = config.fit(&cache_shape(checkpoint.config(), machine))?;
-    log_fit(config, &fit, checkpoint.config());
+    let config = &with_kv_bytes(config, machine, &model)?;
+    let fit = config.fit(&cache_shape(&model, machine))?;
+    log_fit(config, &fit, &model);
 
     let spec = GroupSpec {
         machine,
@@ -62,13 +63,13 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
             Machine::Cuda => AHEAD_MAX,
         },
         record: true,
-        portable: false,
+        portable: config.portable_kernels,
         tuned: true,
         fault: None,
     };
     let planned = match machine {
-        Machine::Cpu => planned(checkpoint.config(), config, &fit),
-        Machine::Cuda => planned_cuda(checkpoint.config(), config, &fit),
+        Machine::Cpu => planned(&model, config, &fit),
+        Machine::Cuda => planned_cuda(&model, config, &fit),
     };
     state.planned(planned);
     info!(
@@ -77,7 +78,8 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         workspace_bytes = planned.workspace_bytes,
         "memory planned"
     );
-    let runner = Group::start(Arc::clone(&checkpoint), spec, state.loading())?;
+    let runner = Group::start(weights, spec, state.loading())?;
+    log_loading(config, state);
     let measured = memory(&runner.memory().total);
     let defaults = if config.generation_defaults {
         Defaults::of_model(&generation)
@@ -109,6 +111,21 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         },
         measured,
         runner,
+    })
+}
+
+/// Where the model's weights come from, and its text files.
+fn open(config: &Config, ranks: usize) -> Result<(Weights, TextFiles), ServeError> {
+    Ok(match config.load_format {
+        LoadFormat::Safetensors => {
+            let checkpoint = Arc::new(Checkpoint::open(&config.model, ranks)?);
+            (checkpoint.into(), TextFiles::read(&config.model)?)
+        }
+        LoadFormat::Dummy => {
+            let dummy = DummyModel::open(&config.model, ranks)?;
+            warn!("weights are random: the model writes letters without sense");
+            (dummy.config.into(), dummy.text)
+        }
     })
 }
 
@@ -206,6 +223,19 @@ fn cache_shape(model: &LlamaConfig, machine: Machine) -> CacheShape {
     }
 }
 
+/// How fast the weights came. Dummy ones are counted as they are kept on a GPU, in bf16.
+fn log_loading(config: &Config, state: &State) {
+    let progress = state.progress();
+    let Some(seconds) = progress.seconds else { return };
+    info!(
+        bytes = progress.bytes_done,
+        seconds = (seconds * 1e3).round() / 1e3,
+        gb_per_s = (progress.bytes_done as f64 / 1e7 / seconds.max(1e-9)).round() / 1e2,
+        made = config.load_format == LoadFormat::Dummy,
+        "weights are in memory"
+    );
+}
+
 fn log_fit(config: &Config, fit: &Fit, model: &LlamaConfig) {
     if config.max_model_len.is_none() && to_usize(fit.max_model_len) < model.max_position_embeddings {
         info!(
@@ -269,7 +299,7 @@ fn planned_cuda(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
             heads: shard.heads(model),
             split: VocabSplit::new(model.vocab_size, of),
             record: true,
-            portable: false,
+            portable: config.portable_kernels,
             tuned: true,
         };
         workspace += cuda::workspace_bytes(&spec, shard.part(model.intermediate_size).len());
