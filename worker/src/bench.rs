@@ -14,7 +14,6 @@ mod load;
 mod pool;
 mod profile;
 mod report;
-mod shapes;
 mod startup;
 
 use std::{
@@ -32,6 +31,7 @@ use self::{
 use crate::{
     checkpoint::{Checkpoint, CheckpointError, LlamaConfig},
     device::{AHEAD_MAX, DeviceError},
+    dummy::shapes,
     group::{Group, GroupError, GroupSpec, LoadProgress, Machine},
     model::Weights,
     sampling::SamplingParams,

@@ -8,7 +8,7 @@ use swallow_worker::{
     bench,
     config::{Cli, Command},
     device::cuda,
-    fetch, serve,
+    dummy, fetch, serve,
 };
 
 fn main() -> ExitCode {
@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         }
         Command::Fetch(args) => report(fetch::run(args)),
         Command::Kernels(args) => report(cuda::make_kernels(&args)),
+        Command::MakeCheckpoint(args) => report(dummy::make_checkpoint(&args)),
     }
 }
 

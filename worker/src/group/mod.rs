@@ -11,7 +11,7 @@ mod rank;
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicU64, Ordering},
         mpsc::{self, Receiver, Sender},
     },
@@ -117,6 +117,29 @@ pub struct LoadProgress {
     pub bytes_total: AtomicU64,
     /// Bytes read so far.
     pub bytes_done: AtomicU64,
+    /// When the first rank began to read.
+    began: OnceLock<Instant>,
+    /// How long it took until every rank had its weights.
+    took: OnceLock<Duration>,
+}
+
+impl LoadProgress {
+    /// A rank begins to read.
+    fn begin(&self) {
+        self.began.get_or_init(Instant::now);
+    }
+
+    /// Every rank has its weights.
+    fn end(&self) {
+        if let Some(began) = self.began.get() {
+            self.took.get_or_init(|| began.elapsed());
+        }
+    }
+
+    /// How long reading took, from the first rank's first byte to the last one's last; `None` until then.
+    pub fn took(&self) -> Option<Duration> {
+        self.took.get().copied()
+    }
 }
 
 /// Bytes that were allocated, not planned.
@@ -283,6 +306,7 @@ impl Group {
             group.members.push(member.start()?);
         }
         group.await_loading()?;
+        progress.end();
         group.warm_up()?;
         Ok(group)
     }

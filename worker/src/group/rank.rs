@@ -169,6 +169,7 @@ impl Member {
             block_tokens: self.spec.block_tokens,
             random_kv: self.spec.random_kv,
         };
+        self.progress.begin();
         let llama = Llama::load(&mut device, &self.weights, spec, &self.progress.bytes_done)?;
         let (bytes, gpu) = (device.allocated(), device.memory()?);
         let memory = RankMemory {

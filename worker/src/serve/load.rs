@@ -5,7 +5,10 @@
 
 use std::sync::Arc;
 
-use swallow_proto::{launch::DeviceKind, prefix};
+use swallow_proto::{
+    launch::{DeviceKind, LoadFormat},
+    prefix,
+};
 use swallow_schedule::Limits;
 use tracing::{info, warn};
 
@@ -14,9 +17,10 @@ use crate::{
     checkpoint::{Checkpoint, GenerationConfig, LlamaConfig, TextFiles, eos_union, tokenizer_eos},
     config::{CacheShape, Config, Fit},
     device::{AHEAD_MAX, cpu::HEAD_ROWS, cuda},
+    dummy::DummyModel,
     engine::{Defaults, Door},
     group::{Group, GroupSpec, Machine, RankMemory, planned_on_gpus},
-    model::Shard,
+    model::{Shard, Weights},
     state::{Memory, State},
 };
 
@@ -26,26 +30,23 @@ use crate::{
 /// The folder is not a model that this worker serves, the flags do not fit it, or a rank did not start.
 pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, ServeError> {
     let ranks = to_usize(config.tensor_parallel);
-    let checkpoint = Arc::new(Checkpoint::open(&config.model, ranks)?);
-    let text = TextFiles::read(&config.model)?;
+    let (weights, text) = open(config, ranks)?;
+    let model = weights.config().clone();
     let generation = GenerationConfig::read(&text)?;
     if !generation.unused.is_empty() {
         warn!(keys = ?generation.unused, "generation_config.json sets what this worker has no default for");
     }
-    let vocab_size = to_u32(checkpoint.config().vocab_size);
-    let eos_token_ids = reachable(
-        eos_union(checkpoint.config(), &generation, tokenizer_eos(&text)?),
-        vocab_size,
-    );
+    let vocab_size = to_u32(model.vocab_size);
+    let eos_token_ids = reachable(eos_union(&model, &generation, tokenizer_eos(&text)?), vocab_size);
     let machine = machine(config.device)?;
-    let config = &with_kv_bytes(config, machine, checkpoint.config())?;
-    let fit = config.fit(&cache_shape(checkpoint.config(), machine))?;
-    log_fit(config, &fit, checkpoint.config());
+    let config = &with_kv_bytes(config, machine, &model)?;
+    let fit = config.fit(&cache_shape(&model, machine))?;
+    log_fit(config, &fit, &model);
 
     let spec = group_spec(config, machine, &fit);
     let planned = match machine {
-        Machine::Cpu => planned(checkpoint.config(), config, &fit),
-        Machine::Cuda => planned_cuda(checkpoint.config(), config, &fit),
+        Machine::Cpu => planned(&model, config, &fit),
+        Machine::Cuda => planned_cuda(&model, config, &fit),
     };
     state.planned(planned);
     info!(
@@ -54,7 +55,8 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         workspace_bytes = planned.workspace_bytes,
         "memory planned"
     );
-    let mut runner = Group::start(Arc::clone(&checkpoint), spec, state.loading())?;
+    let mut runner = Group::start(weights, spec, state.loading())?;
+    log_loading(config, state);
     let measured = memory(&runner.memory().total);
     let limits = limits(config, &fit);
     let pace = match config.inter_token_latency_target {
@@ -113,12 +115,27 @@ fn group_spec(config: &Config, machine: Machine, fit: &Fit) -> GroupSpec {
             Machine::Cuda => AHEAD_MAX,
         },
         record: true,
-        portable: false,
+        portable: config.portable_kernels,
         tuned: true,
         profile: false,
         random_kv: false,
         fault: None,
     }
+}
+
+/// Where the model's weights come from, and its text files.
+fn open(config: &Config, ranks: usize) -> Result<(Weights, TextFiles), ServeError> {
+    Ok(match config.load_format {
+        LoadFormat::Safetensors => {
+            let checkpoint = Arc::new(Checkpoint::open(&config.model, ranks)?);
+            (checkpoint.into(), TextFiles::read(&config.model)?)
+        }
+        LoadFormat::Dummy => {
+            let dummy = DummyModel::open(&config.model, ranks)?;
+            warn!("weights are random: the model writes letters without sense");
+            (dummy.config.into(), dummy.text)
+        }
+    })
 }
 
 fn limits(config: &Config, fit: &Fit) -> Limits {
@@ -213,6 +230,19 @@ fn cache_shape(model: &LlamaConfig, machine: Machine) -> CacheShape {
         },
         max_position_embeddings: to_u32(model.max_position_embeddings),
     }
+}
+
+/// How fast the weights came. Dummy ones are counted as they are kept on a GPU, in bf16.
+fn log_loading(config: &Config, state: &State) {
+    let progress = state.progress();
+    let Some(seconds) = progress.seconds else { return };
+    info!(
+        bytes = progress.bytes_done,
+        seconds = (seconds * 1e3).round() / 1e3,
+        gb_per_s = (progress.bytes_done as f64 / 1e7 / seconds.max(1e-9)).round() / 1e2,
+        made = config.load_format == LoadFormat::Dummy,
+        "weights are in memory"
+    );
 }
 
 fn log_fit(config: &Config, fit: &Fit, model: &LlamaConfig) {
