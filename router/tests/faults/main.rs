@@ -2,6 +2,7 @@
 //! runs out of what it has.
 
 mod clients;
+mod clocks;
 mod floods;
 mod garbage;
 mod keys;
@@ -10,9 +11,11 @@ mod liars;
 mod mock_worker;
 mod process;
 mod raw;
+mod resumes;
 #[path = "../dispatch/shim.rs"]
 mod shim;
 mod slow;
+mod starved;
 #[path = "../support/mod.rs"]
 mod support;
 mod tls;
