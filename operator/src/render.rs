@@ -206,7 +206,7 @@ fn describe(text: &mut String, valid: &Valid) {
 
 /// The model's size, where its folder happens to be on this machine.
 fn read_shape(model: &SwallowModel) -> Option<swallow_plan::topology::Shape> {
-    let host = model.spec.model.source.host_path.as_ref()?;
+    let host = model.spec.model.source.as_ref()?.host_path.as_ref()?;
     shape(Path::new(&host.path))
 }
 

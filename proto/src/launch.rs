@@ -9,7 +9,7 @@ mod worker;
 
 pub use fetch::{FetchArgs, HUGGING_FACE, ProgressFormat};
 pub use router::{DiscoverTarget, GRPC_PORT_NAME, ReplicaAddress, RouterArgs};
-pub use worker::{DeviceKind, Dtype, GenerationDefaults, PrefixCache, WorkerArgs};
+pub use worker::{DeviceKind, Dtype, GenerationDefaults, Kernels, LoadFormat, PrefixCache, WorkerArgs};
 
 use clap::ValueEnum;
 

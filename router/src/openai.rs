@@ -4,6 +4,7 @@
 //! `x-swallow-ignored-fields`. A client's deadline, in the header `x-request-timeout-ms` or `grpc-timeout`, binds the whole
 //! request, streams too. Any bearer token will do: who may ask is not decided here.
 
+mod body;
 mod chat;
 mod completions;
 mod error;

@@ -8,10 +8,10 @@ use std::{fmt::Display, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Parser, Subcommand};
 use swallow_proto::launch::{
-    DeviceKind, Dtype, FetchArgs, GenerationDefaults, LogFormat, PrefixCache, WorkerArgs,
+    DeviceKind, Dtype, FetchArgs, GenerationDefaults, Kernels, LoadFormat, LogFormat, PrefixCache, WorkerArgs,
 };
 
-use crate::{bench::BenchArgs, device::cuda::KernelsArgs};
+use crate::{bench::BenchArgs, device::cuda::KernelsArgs, dummy::MakeArgs};
 
 /// Most ranks of a group; no model here has more attention heads than that.
 const TENSOR_PARALLEL_MAX: u32 = 64;
@@ -44,6 +44,8 @@ pub enum Command {
     Fetch(FetchArgs),
     /// Compile the GPU kernels ahead, on any machine that has NVRTC
     Kernels(KernelsArgs),
+    /// Write a checkpoint with random weights, to measure loading
+    MakeCheckpoint(MakeArgs),
 }
 
 /// A flag that cannot be carried out.
@@ -69,8 +71,10 @@ fn refuse<T>(flag: &'static str, value: impl Display, why: impl Into<String>) ->
 /// The flags of `serve`, sound as far as they can be without the model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Folder of the model.
+    /// Folder of the model, or what stands for one.
     pub model: PathBuf,
+    /// Where weights come from.
+    pub load_format: LoadFormat,
     /// The first is the model's own name, the others are aliases.
     pub served_names: Vec<String>,
     /// This replica's name.
@@ -81,6 +85,8 @@ pub struct Config {
     pub http_listen: SocketAddr,
     /// What the ranks compute on.
     pub device: DeviceKind,
+    /// On GPUs: kernels that are for one architecture are left alone.
+    pub portable_kernels: bool,
     /// Ranks of the group.
     pub tensor_parallel: u32,
     /// Compute threads of all ranks together, at least one a rank.
@@ -99,6 +105,8 @@ pub struct Config {
     pub kv_bytes: u64,
     /// On GPUs, instead of `kv_bytes`: the share of each GPU's memory that may be used.
     pub device_memory_percent: Option<u32>,
+    /// The longest step while a stream decodes.
+    pub inter_token_latency_target: Option<Duration>,
     /// Keep finished prefixes.
     pub prefix_cache: bool,
     /// Fill absent sampling values from the model's generation_config.json.
@@ -136,11 +144,13 @@ impl Config {
         };
         Ok(Self {
             model: args.model,
+            load_format: args.load_format,
             served_names: args.served_names,
             replica_id: args.replica_id,
             grpc_listen: args.grpc_listen,
             http_listen: args.http_listen,
             device: args.device,
+            portable_kernels: args.kernels == Kernels::Portable,
             tensor_parallel: args.tensor_parallel,
             threads,
             max_model_len: args.max_model_len,
@@ -150,6 +160,10 @@ impl Config {
             block_tokens: args.block_tokens,
             kv_bytes: args.kv_bytes,
             device_memory_percent: args.device_memory_percent,
+            inter_token_latency_target: match args.inter_token_latency_target_ms {
+                0 => None,
+                ms => Some(Duration::from_millis(ms.into())),
+            },
             prefix_cache: args.prefix_cache == PrefixCache::On,
             generation_defaults: args.generation_defaults == GenerationDefaults::Auto,
             step_timeout: Duration::from_secs(args.step_timeout_seconds.into()),
@@ -290,6 +304,11 @@ fn check_device(args: &WorkerArgs) -> Result<(), ConfigError> {
             "device",
             "auto",
             "a number format asks for a device: give --device=cpu or --device=cuda, or --dtype=auto",
+        ),
+        (DeviceKind::Cpu, _) if args.kernels == Kernels::Portable => refuse(
+            "kernels",
+            "portable",
+            "GPU kernels; the CPU device has none: leave it out",
         ),
         _ => check_memory(args),
     }

@@ -7,6 +7,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod device;
+pub mod dummy;
 pub mod engine;
 pub mod fetch;
 pub mod grammar;

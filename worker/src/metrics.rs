@@ -9,7 +9,7 @@ mod requests;
 
 use std::{collections::HashMap, sync::OnceLock};
 
-use prometheus::{Encoder, IntGauge, Registry, TextEncoder, process_collector::ProcessCollector};
+use prometheus::{Encoder, Gauge, IntGauge, Registry, TextEncoder, process_collector::ProcessCollector};
 
 use self::maker::Maker;
 use crate::state::{Phase, State};
@@ -25,6 +25,7 @@ pub struct Metrics {
     ready: IntGauge,
     load_done: IntGauge,
     load_size: IntGauge,
+    load_seconds: Gauge,
     engine: OnceLock<EngineMetrics>,
 }
 
@@ -48,6 +49,10 @@ impl Metrics {
             "Bytes of weights already in memory",
         )?;
         let load_size = make.gauge("swallow_worker_load_size_bytes", "Bytes of weights in all")?;
+        let load_seconds = make.ratio(
+            "swallow_worker_load_seconds",
+            "How long it took to bring the weights into memory; 0 until they are there",
+        )?;
         registry.register(Box::new(ProcessCollector::for_self()))?;
         Ok(Self {
             registry,
@@ -55,6 +60,7 @@ impl Metrics {
             ready,
             load_done,
             load_size,
+            load_seconds,
             engine: OnceLock::new(),
         })
     }
@@ -84,6 +90,7 @@ impl Metrics {
         self.ready.set(i64::from(state.phase() == Phase::Serving));
         self.load_done.set(bytes(progress.bytes_done));
         self.load_size.set(bytes(progress.bytes_total));
+        self.load_seconds.set(progress.seconds.unwrap_or(0.0));
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         String::from_utf8(text).map_err(|error| prometheus::Error::Msg(error.to_string()))

@@ -59,6 +59,8 @@ pub struct Progress {
     pub bytes_total: u64,
     /// At the mean rate so far; absent before the first bytes and after the last.
     pub eta_seconds: Option<f64>,
+    /// How long it took; absent until all are in memory.
+    pub seconds: Option<f64>,
 }
 
 /// Requests and blocks.
@@ -231,6 +233,7 @@ impl State {
             bytes_done,
             bytes_total,
             eta_seconds,
+            seconds: self.progress.took().map(|took| took.as_secs_f64()),
         }
     }
 

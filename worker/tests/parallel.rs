@@ -13,7 +13,7 @@ use support::{
     random_model::{Traits, llama3_scaling},
     spec, start,
 };
-use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
+use swallow_schedule::{BlockId, CostModel, Input, Micros, Pace, SeqId, Slot, Step, StepId, Work};
 use swallow_worker::{
     group::{Cause, Fault, FaultKind, Group, GroupError, GroupSpec, LoadProgress},
     sampling::SamplingParams,
@@ -84,6 +84,16 @@ fn results_do_not_depend_on_the_batch() {
                 "TP {tp}: steps of {chunk} rows"
             );
         }
+        engine.reset(512, false);
+        engine.scheduler.set_pace(Pace {
+            target: Micros(1),
+            costs: CostModel::new(),
+        });
+        assert_eq!(
+            alone,
+            all(&engine.run(&requests, 1)),
+            "TP {tp}: prompts cut where decoding would wait"
+        );
         engine.reset(512, true);
         engine.run(&requests, 0);
         assert_eq!(alone, all(&engine.run(&requests, 3)), "TP {tp}: from the cache");

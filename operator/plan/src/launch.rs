@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 use swallow_proto::launch::{
-    DeviceKind, Dtype, FetchArgs, GenerationDefaults, HUGGING_FACE, LogFormat, PrefixCache, ProgressFormat,
-    RouterArgs, WorkerArgs,
+    DeviceKind, Dtype, FetchArgs, GenerationDefaults, HUGGING_FACE, Kernels, LoadFormat, LogFormat,
+    PrefixCache, ProgressFormat, RouterArgs, WorkerArgs,
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -16,8 +16,8 @@ use crate::{
     Images, Timestamp, Valid,
     memory::BLOCK_TOKENS,
     model::{
-        ConfigMapKey, Device, EngineDtype, EngineGenerationDefaults, EnginePrefixCache, Placement, Quantity,
-        Resources, SecretKey, ServiceType, SwallowModelSpec,
+        ConfigMapKey, Device, EngineDtype, EngineGenerationDefaults, EngineKernels, EngineLoadFormat,
+        EnginePrefixCache, Placement, Quantity, Resources, SecretKey, ServiceType, SwallowModelSpec,
     },
 };
 
@@ -89,6 +89,11 @@ pub struct GroupTemplate {
 /// Where the model's files come from, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ModelSource {
+    /// From nowhere: the worker makes a model of this size.
+    Made {
+        /// The text of a config.json.
+        config: String,
+    },
     /// A folder of the node.
     HostPath {
         /// Absolute.
@@ -188,6 +193,10 @@ pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
     let engine = &spec.engine;
     let args = WorkerArgs {
         model: model_folder(&valid.source).into(),
+        load_format: match engine.load_format {
+            EngineLoadFormat::Safetensors => LoadFormat::Safetensors,
+            EngineLoadFormat::Dummy => LoadFormat::Dummy,
+        },
         served_names: valid.served_names.clone(),
         replica_id: String::new(),
         grpc_listen: anywhere(WORKER_GRPC_PORT),
@@ -201,12 +210,17 @@ pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
             EngineDtype::FP32 => Dtype::Fp32,
             EngineDtype::BF16 => Dtype::Bf16,
         },
+        kernels: match engine.kernels {
+            EngineKernels::Auto => Kernels::Auto,
+            EngineKernels::Portable => Kernels::Portable,
+        },
         tensor_parallel: spec.parallelism.tensor,
         threads: valid.threads,
         max_model_len: engine.max_model_len,
         max_running: engine.max_concurrent_sequences,
         max_waiting: engine.max_concurrent_sequences,
         max_step_tokens: engine.max_step_tokens,
+        inter_token_latency_target_ms: engine.inter_token_latency_target_ms,
         block_tokens: BLOCK_TOKENS,
         kv_bytes: valid.kv_bytes,
         device_memory_percent: None,
@@ -311,8 +325,8 @@ pub fn revision(spec: &SwallowModelSpec, kv_is_the_rest: bool) -> String {
     for field in ["servedNames", "source", "cache"] {
         kept["model"][field] = fields["model"][field].take();
     }
-    if kv_is_the_rest {
-        // The size of the KV cache follows from the shape.
+    if kv_is_the_rest || spec.model.source.is_none() {
+        // The size of the KV cache follows from the shape, and so does all of a model that is made.
         kept["model"]["shape"] = fields["model"]["shape"].take();
     }
     kept["recovery"]["stepTimeoutSeconds"] = fields["recovery"]["stepTimeoutSeconds"].take();
@@ -374,6 +388,7 @@ fn anywhere(port: u16) -> SocketAddr {
 
 fn model_folder(source: &ModelSource) -> String {
     match source {
+        ModelSource::Made { config } => config.clone(),
         ModelSource::HostPath { .. } => MODEL_FOLDER.into(),
         ModelSource::Claim { path, .. } if path.is_empty() => MODEL_FOLDER.into(),
         ModelSource::Claim { path, .. } => format!("{MODEL_FOLDER}/{path}"),

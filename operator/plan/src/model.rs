@@ -16,8 +16,8 @@ mod status;
 
 pub use crd::{crd, crd_value};
 pub use engine::{
-    Accelerator, Device, Engine, EngineDtype, EngineGenerationDefaults, EnginePrefixCache, KvCache,
-    Parallelism,
+    Accelerator, Device, Engine, EngineDtype, EngineGenerationDefaults, EngineKernels, EngineLoadFormat,
+    EnginePrefixCache, KvCache, Parallelism,
 };
 pub use operation::{Backoff, Drain, Recovery, Rollout, Router, RouterLimits, ServiceType};
 pub use placement::{

@@ -4,7 +4,7 @@
 //! while there are enough of them, and held by several ranks each when there are more ranks. The vocabulary needs no
 //! divisor: the last rank's slice may be shorter.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The most ranks of one group.
 pub const TENSOR_MAX: u32 = 64;
@@ -86,6 +86,30 @@ impl Shape {
         })
     }
 
+    /// A config.json of this size, for a model that is made up: what sizes do not say is as in Llama 3, and the last two
+    /// ids begin and end a text.
+    pub fn to_config_json(&self) -> String {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tied_head,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "bos_token_id": self.vocab_size.saturating_sub(2),
+            "eos_token_id": self.vocab_size.saturating_sub(1),
+        })
+        .to_string()
+    }
+
     /// Parameters of the whole model.
     pub fn parameters(&self) -> u64 {
         let [hidden, layers, heads, kv_heads, head_dim, inner, vocab] = [
@@ -161,6 +185,21 @@ mod tests {
             n_kv_heads,
             intermediate_size,
             ..Shape::LLAMA_3_8B
+        }
+    }
+
+    #[test]
+    fn a_config_json_says_the_size_that_it_was_made_from() {
+        for shape in [
+            Shape::LLAMA_3_8B,
+            Shape {
+                tied_head: true,
+                head_dim: 64,
+                ..Shape::LLAMA_3_70B
+            },
+        ] {
+            let config = serde_json::from_str(&shape.to_config_json()).expect("JSON");
+            assert_eq!(Shape::from_config(&config), Some(shape));
         }
     }
 

@@ -11,8 +11,8 @@ use crate::{
     launch::ModelSource,
     memory::{KvSizing, MemoryPlan, Misfit},
     model::{
-        Device, EngineDtype, Model, NAME_MAX, Problem, Quantity, Resources, SwallowModel, SwallowModelSpec,
-        TolerationOperator, check_schema,
+        Device, EngineDtype, EngineKernels, Model, NAME_MAX, Problem, Quantity, Resources, SwallowModel,
+        SwallowModelSpec, TolerationOperator, check_schema,
     },
     topology::Shape,
 };
@@ -84,10 +84,10 @@ pub fn validate(model: &SwallowModel, read_shape: Option<&Shape>) -> Result<Vali
     let name = model.metadata.name.clone().unwrap_or_default();
     check_name(&name, &mut problems);
     let served_names = served_names(&spec.model, &name, &mut problems);
-    let source = source(&spec.model, &mut problems);
+    let shape = shape(spec.model.shape.as_ref(), read_shape, &mut problems);
+    let source = source(spec, shape.as_ref(), &mut problems);
     check_numbers(spec, &mut problems);
     check_placement(spec, &mut problems);
-    let shape = shape(spec.model.shape.as_ref(), read_shape, &mut problems);
     if let Some(shape) = &shape {
         check_shape(shape, spec, &mut problems);
     }
@@ -232,6 +232,11 @@ fn check_numbers(spec: &SwallowModelSpec, problems: &mut Problems) {
         spec.accelerator.device != Device::CPU || engine.dtype != EngineDtype::BF16,
         "spec.engine.dtype",
         "is BF16, and the CPU computes FP32: write Auto or FP32",
+    );
+    problems.check(
+        spec.accelerator.device != Device::CPU || engine.kernels != EngineKernels::Portable,
+        "spec.engine.kernels",
+        "is Portable, which is for GPU: leave it out on CPU",
     );
 }
 

@@ -119,7 +119,7 @@ impl Group {
                 group.phase = Phase::Fetching(Progress::default());
                 group.fetch(places).map(Stage::Fetching)
             }
-            ModelSource::HostPath { .. } | ModelSource::Claim { .. } => {
+            ModelSource::Made { .. } | ModelSource::HostPath { .. } | ModelSource::Claim { .. } => {
                 group.serve(places).map(Stage::Serving)
             }
         };
@@ -340,6 +340,7 @@ impl Group {
 
 fn model_folder(source: &ModelSource, places: &Places) -> PathBuf {
     match source {
+        ModelSource::Made { config } => config.into(),
         ModelSource::HostPath { path } => path.into(),
         ModelSource::Claim { path, .. } => path.into(),
         ModelSource::Fetch { fetch, .. } => places.cache.join(fetch.folder()),

@@ -10,7 +10,7 @@ use std::{
 use swallow_plan::{
     Images, Valid,
     launch::{self, ModelSource, RouterLaunch},
-    model::{Device, Placement, SwallowModel},
+    model::{Device, Placement, Source, SwallowModel},
     topology::Shape,
     validate,
 };
@@ -164,57 +164,54 @@ impl Prepared {
 fn check(model: &SwallowModel, has_token: bool) -> Result<(Valid, Option<Shape>), Errors> {
     let name = model_name(model);
     let refuse = |line: String| Err(vec![format!("{name}: {line}")]);
-    let source = &model.spec.model.source;
-    if source.persistent_volume_claim.is_some() {
-        return refuse(
-            "spec.model.source.type: PersistentVolumeClaim needs a cluster: use HostPath or HuggingFace here"
-                .into(),
-        );
-    }
     if model.spec.accelerator.device == Device::GPU {
         return refuse(
             "spec.accelerator.device: is GPU, and local mode starts CPU workers alone: set accelerator.device: CPU"
                 .into(),
         );
     }
-    if let Some(host) = &source.host_path {
-        let config = Path::new(&host.path).join("config.json");
-        if let Err(error) = fs::metadata(&config) {
-            return refuse(format!(
-                "spec.model.source.hostPath.path: {}: {error}",
-                config.display()
-            ));
-        }
-    }
-    let needs_token = source
-        .hugging_face
-        .as_ref()
-        .is_some_and(|source| source.token_secret_ref.is_some());
-    if needs_token && !has_token {
-        return refuse(
-            "spec.model.source.huggingFace.tokenSecretRef: Secrets need a cluster: give --token-file here"
-                .into(),
-        );
-    }
-    let needs_ca = source
-        .hugging_face
-        .as_ref()
-        .is_some_and(|source| source.ca_config_map_ref.is_some());
-    if needs_ca {
-        return refuse(
-            "spec.model.source.huggingFace.caConfigMapRef: ConfigMaps need a cluster: leave it out, and fetch the files \
-             with `swallow-worker fetch --ca-file` into a folder for a HostPath source"
-                .into(),
-        );
+    let source = model.spec.model.source.as_ref();
+    if let Some(line) = source.and_then(|source| needs_cluster(source, has_token)) {
+        return refuse(line);
     }
     let shape = source
-        .host_path
-        .as_ref()
+        .and_then(|source| source.host_path.as_ref())
         .and_then(|host| shape(Path::new(&host.path)));
     match validate(model, shape.as_ref()) {
         Ok(valid) => Ok((valid, shape)),
         Err(refused) => Err(render::lines(name, &refused)),
     }
+}
+
+/// What this machine lacks for a source.
+fn needs_cluster(source: &Source, has_token: bool) -> Option<String> {
+    if source.persistent_volume_claim.is_some() {
+        return Some(
+            "spec.model.source.type: PersistentVolumeClaim needs a cluster: use HostPath or HuggingFace here"
+                .into(),
+        );
+    }
+    if let Some(host) = &source.host_path {
+        let config = Path::new(&host.path).join("config.json");
+        if let Err(error) = fs::metadata(&config) {
+            return Some(format!(
+                "spec.model.source.hostPath.path: {}: {error}",
+                config.display()
+            ));
+        }
+    }
+    let fetched = source.hugging_face.as_ref()?;
+    if fetched.token_secret_ref.is_some() && !has_token {
+        return Some(
+            "spec.model.source.huggingFace.tokenSecretRef: Secrets need a cluster: give --token-file here"
+                .into(),
+        );
+    }
+    fetched.ca_config_map_ref.is_some().then(|| {
+        "spec.model.source.huggingFace.caConfigMapRef: ConfigMaps need a cluster: leave it out, and fetch the files \
+         with `swallow-worker fetch --ca-file` into a folder for a HostPath source"
+            .into()
+    })
 }
 
 /// One router serves all models, so no two may have a name in common.

@@ -39,6 +39,26 @@ pub enum GenerationDefaults {
     Neutral,
 }
 
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormat {
+    /// The safetensors files of the model's folder.
+    #[default]
+    Safetensors,
+    /// A formula: the shape of a model without its weights, to measure and to try out.
+    Dummy,
+}
+
+/// Which GPU kernels may be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Kernels {
+    /// Those made for this architecture, where there are any.
+    #[default]
+    Auto,
+    /// Those alone that every architecture runs.
+    Portable,
+}
+
 /// Whether finished prefixes stay for later requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum PrefixCache {
@@ -52,9 +72,13 @@ pub enum PrefixCache {
 /// What one tensor-parallel group serves, and with which limits.
 #[derive(Args, Clone, Debug, PartialEq)]
 pub struct WorkerArgs {
-    /// Folder of the model: config.json, tokenizer.json, *.safetensors
+    /// Folder of the model: config.json, tokenizer.json, *.safetensors; with --load-format=dummy a config.json is
+    /// enough, and llama-3-8b, llama-3.3-70b or the text of a config.json may stand for a folder
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
+    /// Where weights come from; dummy ones are random, and the model writes letters without sense
+    #[arg(long, value_enum, default_value = "safetensors")]
+    pub load_format: LoadFormat,
     /// Name clients ask for; repeat for aliases, the first is the model's own
     #[arg(long = "served-name", value_name = "NAME", required = true)]
     pub served_names: Vec<String>,
@@ -73,6 +97,9 @@ pub struct WorkerArgs {
     /// Number format of weights and activations
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: Dtype,
+    /// Which GPU kernels may be used: portable leaves those alone that are for one architecture
+    #[arg(long, value_enum, default_value = "auto")]
+    pub kernels: Kernels,
     /// Ranks of the group; the model's heads must divide by it
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub tensor_parallel: u32,
@@ -91,6 +118,10 @@ pub struct WorkerArgs {
     /// Most tokens computed in one step, decode and prefill together
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub max_step_tokens: u32,
+    /// While a stream decodes, prompts get as much of each step as keeps the time between tokens below this, 128 tokens at
+    /// least; 0 sets no bound
+    #[arg(long, value_name = "MS", default_value_t = 50)]
+    pub inter_token_latency_target_ms: u32,
     /// Tokens in one block of keys and values
     #[arg(long, value_name = "TOKENS", default_value_t = 16)]
     pub block_tokens: u32,
@@ -125,18 +156,24 @@ impl WorkerArgs {
     pub fn argv(&self) -> Vec<String> {
         let mut argv = Argv(vec!["serve".into()]);
         argv.flag("model", self.model.display());
+        argv.choice("load-format", self.load_format);
         argv.each("served-name", &self.served_names);
         argv.flag("replica-id", &self.replica_id);
         argv.flag("grpc-listen", self.grpc_listen);
         argv.flag("http-listen", self.http_listen);
         argv.choice("device", self.device);
         argv.choice("dtype", self.dtype);
+        argv.choice("kernels", self.kernels);
         argv.flag("tensor-parallel", self.tensor_parallel);
         argv.optional("threads", self.threads);
         argv.optional("max-model-len", self.max_model_len);
         argv.flag("max-running", self.max_running);
         argv.flag("max-waiting", self.max_waiting);
         argv.flag("max-step-tokens", self.max_step_tokens);
+        argv.flag(
+            "inter-token-latency-target-ms",
+            self.inter_token_latency_target_ms,
+        );
         argv.flag("block-tokens", self.block_tokens);
         argv.flag("kv-bytes", self.kv_bytes);
         argv.optional("device-memory-percent", self.device_memory_percent);
@@ -182,9 +219,12 @@ mod tests {
             served_names: vec!["a".into(), "b/c".into()],
             device: DeviceKind::Cuda,
             dtype: Dtype::Bf16,
+            load_format: LoadFormat::Dummy,
+            kernels: Kernels::Portable,
             tensor_parallel: 4,
             threads: Some(3),
             max_model_len: Some(8192),
+            inter_token_latency_target_ms: 0,
             kv_bytes: 1 << 40,
             device_memory_percent: Some(90),
             prefix_cache: PrefixCache::Off,

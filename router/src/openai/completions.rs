@@ -203,6 +203,9 @@ fn prompts(fields: &mut Fields, add_special: bool) -> Result<Vec<Input>, Invalid
         text: text.to_owned(),
         add_special,
     };
+    if let Some(ids) = fields.prompt_ids().filter(|ids| !ids.is_empty()) {
+        return Ok(vec![Input::Tokens(ids)]);
+    }
     let prompts = match fields.take("prompt") {
         Some(Value::String(one)) => Some(vec![text(&one)]),
         Some(Value::Array(items)) => match items.first() {

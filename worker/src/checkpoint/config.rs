@@ -124,6 +124,24 @@ impl LlamaConfig {
             .collect()
     }
 
+    /// Refuses a degree that this shape, which `file` gives, cannot be cut into.
+    pub(crate) fn check_tensor_parallel(&self, file: &Path, degree: usize) -> Result<(), CheckpointError> {
+        let Some(why) = self.tensor_parallel_obstacle(degree) else {
+            return Ok(());
+        };
+        let valid: Vec<String> = self
+            .tensor_parallel_degrees()
+            .iter()
+            .map(usize::to_string)
+            .collect();
+        Err(CheckpointError::TensorParallel {
+            file: file.into(),
+            asked: degree,
+            why,
+            valid: valid.join(", "),
+        })
+    }
+
     /// The first number that does not divide among `degree` ranks; None when all do.
     ///
     /// Key and value heads either divide among ranks or are replicated, whole, on equally many ranks each. The

@@ -17,7 +17,6 @@ mod view;
 
 use std::path::{Path, PathBuf};
 
-pub(crate) use self::error::one_line;
 use self::layout::Tensors;
 pub use self::{
     config::LlamaConfig,
@@ -27,6 +26,7 @@ pub use self::{
     text_files::{TextFile, TextFiles},
     view::{Dtype, TensorView},
 };
+pub(crate) use self::{error::one_line, layout::needed};
 
 /// A checked model folder.
 pub struct Checkpoint {
@@ -39,19 +39,7 @@ impl Checkpoint {
     /// Checks the model in `dir` for `tensor_parallel` ranks. Reads config.json and tensor headers, nothing else.
     pub fn open(dir: &Path, tensor_parallel: usize) -> Result<Checkpoint, CheckpointError> {
         let config = LlamaConfig::read(dir)?;
-        if let Some(why) = config.tensor_parallel_obstacle(tensor_parallel) {
-            let degrees: Vec<String> = config
-                .tensor_parallel_degrees()
-                .iter()
-                .map(usize::to_string)
-                .collect();
-            return Err(CheckpointError::TensorParallel {
-                file: dir.join("config.json").into(),
-                asked: tensor_parallel,
-                why,
-                valid: degrees.join(", "),
-            });
-        }
+        config.check_tensor_parallel(&dir.join("config.json"), tensor_parallel)?;
         let tensors = Tensors::open(dir, &config)?;
         Ok(Checkpoint {
             dir: dir.to_owned(),

@@ -50,16 +50,40 @@ impl TextFiles {
             files.push(read_one(dir, name)?);
         }
         for name in OPTIONAL {
-            match read_one(dir, name) {
-                Ok(file) => files.push(file),
-                Err(CheckpointError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
+            files.extend(read_if_there(dir, name)?);
         }
         Ok(TextFiles {
             dir: dir.to_owned(),
             files,
         })
+    }
+
+    /// Reads those that are in `dir`, for a model whose others are made.
+    pub(crate) fn read_present(dir: &Path) -> Result<TextFiles, CheckpointError> {
+        let mut files = Vec::with_capacity(NEEDED.len() + OPTIONAL.len());
+        for name in NEEDED.into_iter().chain(OPTIONAL) {
+            files.extend(read_if_there(dir, name)?);
+        }
+        Ok(TextFiles {
+            dir: dir.to_owned(),
+            files,
+        })
+    }
+
+    /// Files that were made, as if they had been read from `dir`.
+    pub(crate) fn made(dir: &Path, files: impl IntoIterator<Item = (&'static str, Vec<u8>)>) -> TextFiles {
+        let nothing = TextFiles {
+            dir: dir.to_owned(),
+            files: Vec::new(),
+        };
+        nothing.with(files)
+    }
+
+    /// These and others that were made.
+    pub(crate) fn with(mut self, files: impl IntoIterator<Item = (&'static str, Vec<u8>)>) -> TextFiles {
+        self.files
+            .extend(files.into_iter().map(|(name, bytes)| text_file(name, bytes)));
+        self
     }
 
     /// All that are present.
@@ -94,14 +118,25 @@ fn read_one(dir: &Path, name: &'static str) -> Result<TextFile, CheckpointError>
             "the model's folder must be readable and in the Hugging Face layout",
         ),
     };
-    let bytes = read_bounded(&dir.join(name), limit, advice)?;
+    Ok(text_file(name, read_bounded(&dir.join(name), limit, advice)?))
+}
+
+fn read_if_there(dir: &Path, name: &'static str) -> Result<Option<TextFile>, CheckpointError> {
+    match read_one(dir, name) {
+        Ok(file) => Ok(Some(file)),
+        Err(CheckpointError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn text_file(name: &'static str, bytes: Vec<u8>) -> TextFile {
     let digest = Sha256::digest(&bytes)
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect();
-    Ok(TextFile {
+    TextFile {
         name,
         digest,
         bytes: bytes.into(),
-    })
+    }
 }

@@ -98,6 +98,23 @@ pub struct Landed {
     pub fingerprint: u64,
     /// It ran from a recording.
     pub replayed: bool,
+    /// Where its time went, of a device that was told to look.
+    pub op_times: Vec<OpTime>,
+}
+
+/// The time that one kind of operation took in a step, on one rank.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OpTime {
+    /// Its name.
+    pub op: String,
+    /// How often.
+    pub calls: usize,
+    /// All calls together.
+    pub seconds: f64,
+    /// Bytes that had to be read and written, each once.
+    pub bytes: f64,
+    /// Floating-point operations that had to be done.
+    pub flops: f64,
 }
 
 /// A step that does not fit the device. The scheduler keeps these bounds; this is a defect of the caller.

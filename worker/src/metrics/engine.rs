@@ -21,6 +21,9 @@ const STEP_BUCKETS: &[f64] = &[
     10.0, 30.0, 60.0, 120.0, 300.0,
 ];
 
+/// Shares of a step's time.
+const ERROR_BUCKETS: &[f64] = &[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0];
+
 /// What the engine counts and measures. Cheap to clone: handles to the same values.
 #[derive(Clone)]
 pub struct EngineMetrics {
@@ -40,6 +43,7 @@ pub struct EngineMetrics {
     prefix_hits: IntCounter,
     step_tokens: Histogram,
     step_seconds: HistogramVec,
+    step_error: HistogramVec,
     steps: IntCounterVec,
     memory: IntGaugeVec,
     requests: Requests,
@@ -54,6 +58,8 @@ pub(crate) struct StepDone {
     pub(crate) decode: u32,
     /// Its time.
     pub(crate) took: Duration,
+    /// What was expected when it was launched.
+    pub(crate) predicted: Option<Duration>,
     /// It ran from a recording.
     pub(crate) replayed: bool,
 }
@@ -158,6 +164,12 @@ impl EngineMetrics {
                 STEP_BUCKETS,
                 "kind",
             )?,
+            step_error: make.histograms(
+                "swallow_worker_step_prediction_error",
+                "How far a step's predicted time was from the measured one, as a share of that, by what its rows do",
+                ERROR_BUCKETS,
+                "kind",
+            )?,
             steps,
             memory: make.gauges(
                 "swallow_worker_memory_bytes",
@@ -178,6 +190,12 @@ impl EngineMetrics {
         self.step_seconds
             .with_label_values(&[kind])
             .observe(step.took.as_secs_f64());
+        if let Some(predicted) = step.predicted {
+            let took = step.took.as_secs_f64().max(1e-6);
+            self.step_error
+                .with_label_values(&[kind])
+                .observe((predicted.as_secs_f64() / took - 1.0).abs());
+        }
         let launch = if step.replayed { "recorded" } else { "single" };
         self.steps.with_label_values(&[launch]).inc();
     }

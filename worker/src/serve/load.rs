@@ -5,22 +5,22 @@
 
 use std::sync::Arc;
 
-use swallow_proto::{launch::DeviceKind, prefix};
+use swallow_proto::{
+    launch::{DeviceKind, LoadFormat},
+    prefix,
+};
 use swallow_schedule::Limits;
 use tracing::{info, warn};
 
-use super::{Facts, Loaded, ModelFile, ServeError};
+use super::{Facts, Loaded, ModelFile, ServeError, calibrate};
 use crate::{
     checkpoint::{Checkpoint, GenerationConfig, LlamaConfig, TextFiles, eos_union, tokenizer_eos},
     config::{CacheShape, Config, Fit},
-    device::{
-        AHEAD_MAX, VocabSplit,
-        cpu::HEAD_ROWS,
-        cuda::{self, CudaSpec},
-    },
+    device::{AHEAD_MAX, cpu::HEAD_ROWS, cuda},
+    dummy::DummyModel,
     engine::{Defaults, Door},
-    group::{Group, GroupSpec, Machine, RankMemory},
-    model::{Shard, Slice},
+    group::{Group, GroupSpec, Machine, RankMemory, planned_on_gpus},
+    model::{Shard, Weights},
     state::{Memory, State},
 };
 
@@ -30,45 +30,23 @@ use crate::{
 /// The folder is not a model that this worker serves, the flags do not fit it, or a rank did not start.
 pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, ServeError> {
     let ranks = to_usize(config.tensor_parallel);
-    let checkpoint = Arc::new(Checkpoint::open(&config.model, ranks)?);
-    let text = TextFiles::read(&config.model)?;
+    let (weights, text) = open(config, ranks)?;
+    let model = weights.config().clone();
     let generation = GenerationConfig::read(&text)?;
     if !generation.unused.is_empty() {
         warn!(keys = ?generation.unused, "generation_config.json sets what this worker has no default for");
     }
-    let vocab_size = to_u32(checkpoint.config().vocab_size);
-    let eos_token_ids = reachable(
-        eos_union(checkpoint.config(), &generation, tokenizer_eos(&text)?),
-        vocab_size,
-    );
+    let vocab_size = to_u32(model.vocab_size);
+    let eos_token_ids = reachable(eos_union(&model, &generation, tokenizer_eos(&text)?), vocab_size);
     let machine = machine(config.device)?;
-    let config = &with_kv_bytes(config, machine, checkpoint.config())?;
-    let fit = config.fit(&cache_shape(checkpoint.config(), machine))?;
-    log_fit(config, &fit, checkpoint.config());
+    let config = &with_kv_bytes(config, machine, &model)?;
+    let fit = config.fit(&cache_shape(&model, machine))?;
+    log_fit(config, &fit, &model);
 
-    let spec = GroupSpec {
-        machine,
-        tensor_parallel: ranks,
-        threads: to_usize(config.threads),
-        block_tokens: to_usize(config.block_tokens),
-        n_blocks: to_usize(fit.n_blocks),
-        max_running: to_usize(config.max_running),
-        max_step_tokens: to_usize(config.max_step_tokens),
-        max_model_len: to_usize(fit.max_model_len),
-        step_timeout: config.step_timeout,
-        // Processors compute on the thread that would launch, so they gain nothing.
-        steps_ahead: match machine {
-            Machine::Cpu => 1,
-            Machine::Cuda => AHEAD_MAX,
-        },
-        record: true,
-        portable: false,
-        tuned: true,
-        fault: None,
-    };
+    let spec = group_spec(config, machine, &fit);
     let planned = match machine {
-        Machine::Cpu => planned(checkpoint.config(), config, &fit),
-        Machine::Cuda => planned_cuda(checkpoint.config(), config, &fit),
+        Machine::Cpu => planned(&model, config, &fit),
+        Machine::Cuda => planned_cuda(&model, config, &fit),
     };
     state.planned(planned);
     info!(
@@ -77,15 +55,22 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         workspace_bytes = planned.workspace_bytes,
         "memory planned"
     );
-    let runner = Group::start(Arc::clone(&checkpoint), spec, state.loading())?;
+    let mut runner = Group::start(weights, spec, state.loading())?;
+    log_loading(config, state);
     let measured = memory(&runner.memory().total);
+    let limits = limits(config, &fit);
+    let pace = match config.inter_token_latency_target {
+        Some(target) => Some(calibrate::pace(&mut runner, &limits, target)?),
+        None => None,
+    };
     let defaults = if config.generation_defaults {
         Defaults::of_model(&generation)
     } else {
         Defaults::NEUTRAL
     };
     Ok(Loaded {
-        limits: limits(config, &fit),
+        limits,
+        pace,
         facts: Facts {
             boot_id: rand::random(),
             max_model_len: fit.max_model_len,
@@ -109,6 +94,47 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         },
         measured,
         runner,
+    })
+}
+
+/// The group that these flags ask for.
+fn group_spec(config: &Config, machine: Machine, fit: &Fit) -> GroupSpec {
+    GroupSpec {
+        machine,
+        tensor_parallel: to_usize(config.tensor_parallel),
+        threads: to_usize(config.threads),
+        block_tokens: to_usize(config.block_tokens),
+        n_blocks: to_usize(fit.n_blocks),
+        max_running: to_usize(config.max_running),
+        max_step_tokens: to_usize(config.max_step_tokens),
+        max_model_len: to_usize(fit.max_model_len),
+        step_timeout: config.step_timeout,
+        // Processors compute on the thread that would launch, so they gain nothing.
+        steps_ahead: match machine {
+            Machine::Cpu => 1,
+            Machine::Cuda => AHEAD_MAX,
+        },
+        record: true,
+        portable: config.portable_kernels,
+        tuned: true,
+        profile: false,
+        random_kv: false,
+        fault: None,
+    }
+}
+
+/// Where the model's weights come from, and its text files.
+fn open(config: &Config, ranks: usize) -> Result<(Weights, TextFiles), ServeError> {
+    Ok(match config.load_format {
+        LoadFormat::Safetensors => {
+            let checkpoint = Arc::new(Checkpoint::open(&config.model, ranks)?);
+            (checkpoint.into(), TextFiles::read(&config.model)?)
+        }
+        LoadFormat::Dummy => {
+            let dummy = DummyModel::open(&config.model, ranks)?;
+            warn!("weights are random: the model writes letters without sense");
+            (dummy.config.into(), dummy.text)
+        }
     })
 }
 
@@ -206,6 +232,19 @@ fn cache_shape(model: &LlamaConfig, machine: Machine) -> CacheShape {
     }
 }
 
+/// How fast the weights came. Dummy ones are counted as they are kept on a GPU, in bf16.
+fn log_loading(config: &Config, state: &State) {
+    let progress = state.progress();
+    let Some(seconds) = progress.seconds else { return };
+    info!(
+        bytes = progress.bytes_done,
+        seconds = (seconds * 1e3).round() / 1e3,
+        gb_per_s = (progress.bytes_done as f64 / 1e7 / seconds.max(1e-9)).round() / 1e2,
+        made = config.load_format == LoadFormat::Dummy,
+        "weights are in memory"
+    );
+}
+
 fn log_fit(config: &Config, fit: &Fit, model: &LlamaConfig) {
     if config.max_model_len.is_none() && to_usize(fit.max_model_len) < model.max_position_embeddings {
         info!(
@@ -249,35 +288,11 @@ fn planned(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
     }
 }
 
-/// What loading will need on GPUs: weights in bf16, norms and rotary frequencies in fp32.
+/// What loading will need on GPUs.
 fn planned_cuda(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
-    const BF16: usize = 2;
-    const FP32: usize = 4;
-    let of = to_usize(config.tensor_parallel);
-    let (mut weights, mut workspace) = (0, 0);
-    for shard in (0..of).map(|rank| Shard { rank, of }) {
-        let slices = shard.slices(model);
-        let bytes = |slice: &Slice| slice.outs * slice.ins * if slice.ins == 1 { FP32 } else { BF16 };
-        weights += slices.iter().map(bytes).sum::<usize>() + model.head_dim / 2 * FP32;
-        let spec = CudaSpec {
-            shard,
-            max_running: to_usize(config.max_running),
-            max_rows: to_usize(config.max_step_tokens),
-            max_model_len: to_usize(fit.max_model_len),
-            block_tokens: to_usize(config.block_tokens),
-            hidden: model.hidden_size,
-            heads: shard.heads(model),
-            split: VocabSplit::new(model.vocab_size, of),
-            record: true,
-            portable: false,
-            tuned: true,
-        };
-        workspace += cuda::workspace_bytes(&spec, shard.part(model.intermediate_size).len());
-    }
     Memory {
-        weights_bytes: weights as u64,
         kv_bytes: fit.block_bytes * u64::from(fit.n_blocks),
-        workspace_bytes: workspace,
+        ..memory(&planned_on_gpus(model, &group_spec(config, Machine::Cuda, fit)))
     }
 }
 

@@ -75,6 +75,7 @@ impl EngineThread {
         let engine = Engine::new(Parts {
             runner: loaded.runner,
             limits: loaded.limits,
+            pace: loaded.pace,
             standing: self.max_waiting,
             facts,
             state: self.state,

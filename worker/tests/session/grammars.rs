@@ -36,6 +36,7 @@ async fn worker(steps_ahead: usize) -> Worker {
         Ok(Loaded {
             runner,
             limits,
+            pace: None,
             facts,
             door,
             measured: Memory::default(),

@@ -42,6 +42,8 @@ pub fn spec(tensor_parallel: usize) -> GroupSpec {
         record: true,
         portable: false,
         tuned: false,
+        profile: false,
+        random_kv: false,
         fault: None,
     }
 }

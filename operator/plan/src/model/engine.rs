@@ -17,6 +17,26 @@ pub enum EngineDtype {
     BF16,
 }
 
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum EngineLoadFormat {
+    /// The source's *.safetensors.
+    #[default]
+    Safetensors,
+    /// A formula.
+    Dummy,
+}
+
+/// Which GPU kernels may be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum EngineKernels {
+    /// The fastest that the GPU runs.
+    #[default]
+    Auto,
+    /// Those that every GPU runs.
+    Portable,
+}
+
 /// Whether finished prefixes stay for later requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum EnginePrefixCache {
@@ -42,6 +62,16 @@ pub enum EngineGenerationDefaults {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Engine {
+    /// loadFormat says where weights come from: Safetensors reads the source's files, Dummy makes random ones
+    /// of the model's size, to try out a deployment and to measure it without anybody's files; the model
+    /// then writes letters without sense. Defaults to Safetensors. With Dummy, model.source may be left out
+    /// where model.shape gives the size; a folder needs config.json alone, and its tokenizer is used if it
+    /// has one.
+    pub load_format: EngineLoadFormat,
+    /// kernels says which GPU kernels may be used: Auto takes those made for the GPU's architecture where
+    /// there are any, Portable those alone that every architecture runs, which is slower. Defaults to Auto.
+    /// Portable is refused on CPU.
+    pub kernels: EngineKernels,
     /// dtype is the number format of weights, activations and KV cache: Auto, FP32 or BF16. Defaults to
     /// Auto: FP32 on CPU, BF16 on GPU. The CPU computes FP32 only. Halving the bytes of a number doubles
     /// how many fit.
@@ -61,6 +91,12 @@ pub struct Engine {
     /// keep their pace. At least maxConcurrentSequences.
     #[schemars(range(min = 1, max = 1048576))]
     pub max_step_tokens: u32,
+    /// interTokenLatencyTargetMs is the time between two tokens of a running answer, in milliseconds, that new prompts
+    /// may not push it over, 0 to 60000. Defaults to 50. While an answer runs, each step computes as much of
+    /// the prompts as keeps this, by what steps cost on these devices, and 128 tokens at least; 0 sets no
+    /// bound. A smaller target lets first tokens wait longer.
+    #[schemars(range(min = 0, max = 60000))]
+    pub inter_token_latency_target_ms: u32,
     /// prefixCache keeps the keys and values of finished requests, so that a request with the same
     /// beginning does not compute it again: Enabled or Disabled. Defaults to Enabled. It never changes what
     /// is answered.
@@ -80,10 +116,13 @@ pub struct Engine {
 impl Default for Engine {
     fn default() -> Self {
         Self {
+            load_format: EngineLoadFormat::default(),
+            kernels: EngineKernels::default(),
             dtype: EngineDtype::default(),
             max_model_len: None,
             max_concurrent_sequences: 64,
             max_step_tokens: 512,
+            inter_token_latency_target_ms: 50,
             prefix_cache: EnginePrefixCache::default(),
             generation_defaults: EngineGenerationDefaults::default(),
             kv_cache: KvCache::default(),

@@ -338,9 +338,9 @@ mod tests {
                 "spec.replicas: is text: write a whole number",
             ]
         );
-        let found = problems(|d| d["spec"]["model"] = json!({}));
+        let found = problems(|d| d["spec"]["model"]["source"] = json!({}));
         assert!(
-            found[0].starts_with("spec.model.source: is missing: source says where"),
+            found[0].starts_with("spec.model.source.type: is missing: type names the one member"),
             "{found:?}"
         );
         let found = problems(|d| d["kind"] = json!("Deployment"));

@@ -26,8 +26,29 @@ pub(super) const RULES: &[Rule] = &[
     },
     Rule {
         at: &["spec", "model"],
-        rule: "!has(self.cache) || self.source.type == 'HuggingFace'",
+        rule: "!has(self.cache) || (has(self.source) && self.source.type == 'HuggingFace')",
         message: "cache is for a source of type HuggingFace: leave it out",
+    },
+    Rule {
+        at: &["spec", "model"],
+        rule: "has(self.source) == has(oldSelf.source)",
+        message: "source cannot be added or removed: a model with another source is another SwallowModel",
+    },
+    Rule {
+        at: &["spec"],
+        rule: "has(self.model.source) || (self.engine.loadFormat == 'Dummy' && has(self.model.shape))",
+        message: "set model.source, or both engine.loadFormat Dummy and model.shape",
+    },
+    Rule {
+        at: &["spec"],
+        rule: "self.engine.loadFormat != 'Dummy' || !has(self.model.source) || self.model.source.type != 'HuggingFace'",
+        message: "engine.loadFormat Dummy needs no weights, and a HuggingFace source would fetch them: set model.shape \
+                  instead of model.source, or a folder",
+    },
+    Rule {
+        at: &["spec"],
+        rule: "self.engine.kernels != 'Portable' || self.accelerator.device == 'GPU'",
+        message: "engine.kernels Portable is for GPU: leave it out on CPU",
     },
     Rule {
         at: &["spec", "model", "source"],

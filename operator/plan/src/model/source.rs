@@ -16,8 +16,10 @@ pub struct Model {
     #[schemars(length(max = 16), inner(length(min = 1, max = 200)), extend("x-kubernetes-list-type" = "set"))]
     pub served_names: Vec<String>,
     /// source says where the model's files are, in the Hugging Face layout: config.json, tokenizer.json and
-    /// *.safetensors. Required. Its type cannot be changed: another kind of source is another SwallowModel.
-    pub source: Source,
+    /// *.safetensors. Required, unless engine.loadFormat is Dummy and shape is set. Its type cannot be
+    /// changed: another kind of source is another SwallowModel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
     /// cache says where files of a HuggingFace source are kept. Read for that source alone. Defaults to an
     /// emptyDir, which every new pod fills again; a claim is filled once and shared.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -25,7 +27,7 @@ pub struct Model {
     /// shape tells the size of the model, for the memory plan and for the check of parallelism.tensor when
     /// the model's config.json cannot be read in advance. Defaults to unknown: then memory is not planned,
     /// and a wrong parallelism.tensor shows only when the worker has read the files. Where config.json can
-    /// be read, both must agree.
+    /// be read, both must agree. With engine.loadFormat Dummy it is the size of the model that is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<ShapeSpec>,
 }

@@ -189,6 +189,7 @@ fn pod_spec(valid: &Valid, group: &GroupLaunch) -> PodSpec {
 /// The model's files: volumes, the worker's mounts, and the container that fetches them, if one has to.
 fn files(template: &GroupTemplate) -> (Vec<Volume>, Vec<VolumeMount>, Option<Container>) {
     match &template.source {
+        ModelSource::Made { .. } => (Vec::new(), Vec::new(), None),
         ModelSource::HostPath { path } => {
             let source = HostPathVolumeSource {
                 path: path.clone(),

@@ -3,16 +3,69 @@
 use super::Problems;
 use crate::{
     launch::{CacheVolume, FetchLaunch, ModelSource},
-    model::{CacheType, HuggingFaceSource, Model, Source, SourceType},
+    model::{CacheType, EngineLoadFormat, HuggingFaceSource, Model, Source, SourceType, SwallowModelSpec},
+    topology::Shape,
 };
 
-pub(super) fn source(model: &Model, problems: &mut Problems) -> Option<ModelSource> {
+/// Ids that a made-up tokenizer needs: one a byte, a beginning and an end.
+const DUMMY_VOCABULARY_MIN: u32 = 258;
+
+/// Where the files of a model are; `shape` is its size, if known.
+pub(super) fn source(
+    spec: &SwallowModelSpec,
+    shape: Option<&Shape>,
+    problems: &mut Problems,
+) -> Option<ModelSource> {
+    let dummy = spec.engine.load_format == EngineLoadFormat::Dummy;
+    match &spec.model.source {
+        Some(source) => {
+            problems.check(
+                !dummy || source.kind != SourceType::HuggingFace,
+                "spec.model.source.type",
+                "is HuggingFace, whose weights a Dummy model would fetch and not read: write model.shape instead of \
+                 source, or use a folder",
+            );
+            of_files(source, &spec.model, problems)
+        }
+        None if dummy => made(&spec.model, shape, problems),
+        None => {
+            let message = "is missing: say where the model's files are, or set engine.loadFormat: Dummy and model.shape";
+            problems.add("spec.model.source", message);
+            None
+        }
+    }
+}
+
+/// A model that needs no files at all.
+fn made(model: &Model, shape: Option<&Shape>, problems: &mut Problems) -> Option<ModelSource> {
+    problems.check(
+        model.cache.is_none(),
+        "spec.model.cache",
+        "is only for a source of type HuggingFace: leave it out",
+    );
+    if model.shape.is_none() {
+        let message = "is missing: a Dummy model without a source needs its size";
+        problems.add("spec.model.shape", message);
+    }
+    let shape = shape?;
+    let enough = shape.vocab_size >= DUMMY_VOCABULARY_MIN;
+    problems.check(
+        enough,
+        "spec.model.shape.numbers.vocabularySize",
+        "is too small for a tokenizer to be made: write at least 258",
+    );
+    enough.then(|| ModelSource::Made {
+        config: shape.to_config_json(),
+    })
+}
+
+fn of_files(source: &Source, model: &Model, problems: &mut Problems) -> Option<ModelSource> {
     let Source {
         kind,
         host_path,
         persistent_volume_claim,
         hugging_face,
-    } = &model.source;
+    } = source;
     let before = problems.0.len();
     for (there, belongs, field, type_name) in [
         (

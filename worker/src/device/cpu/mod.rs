@@ -268,6 +268,11 @@ impl Device for CpuDevice {
         Ok(kv)
     }
 
+    fn randomise(&mut self, kv: &mut Kv) -> Result<(), DeviceError> {
+        kv.randomise();
+        Ok(())
+    }
+
     fn allocated(&self) -> Allocated {
         let workspace = self.allocated.workspace + self.packed.bytes() + self.exchange.bytes(self.rank);
         Allocated {
@@ -525,6 +530,7 @@ impl Device for CpuDevice {
             outs,
             fingerprint,
             replayed: false,
+            op_times: Vec::new(),
         });
         Ok(())
     }

@@ -235,7 +235,9 @@ impl CudaDevice {
             };
         }
         let flight = self.flights.pop_front().expect("seen just now");
-        self.read(flight).map(Some)
+        let mut landed = self.read(flight)?;
+        landed.op_times = self.op_times()?;
+        Ok(Some(landed))
     }
 
     /// Waits for all queued steps.
@@ -301,6 +303,7 @@ impl CudaDevice {
         };
         let operands = buffers.operands(head);
         self.multiply(shape, operands)?;
+        self.mark_product(shape)?;
         let buffers = &self.head;
         let first_token = self.spec.split.range(self.spec.shard.rank).start as u32;
         let mut arguments = [
@@ -379,6 +382,7 @@ impl CudaDevice {
             outs,
             fingerprint: side.hash[0],
             replayed: flight.replayed,
+            op_times: Vec::new(),
         })
     }
 
