@@ -25,11 +25,6 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-/// A token on its way is a dozen small pieces of memory, taken on one thread and given back on another, and a request
-/// some large ones: the system's allocator took a fifth of the router's time over them.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// Why the router could not run.
 #[derive(Debug, thiserror::Error)]
 enum RunError {
@@ -106,6 +101,10 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     answer_probes(args, &door)?;
     let health = grpc::Health::new();
     let max_bytes = args.max_body_bytes as usize;
+    let settings = openai::Settings {
+        tokenizer_info: args.tokenizer_info,
+        ..openai::Settings::new(max_bytes)
+    };
     let (shutdown_handle, shutdown) = ShutdownHandle::new();
     let places = Places::new(open_files());
     if let Some(keys) = &keys {
@@ -147,7 +146,7 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
         http_listener,
         Protocol::Http,
         http_tls,
-        openai::router(door.clone(), max_bytes),
+        openai::router_with(door.clone(), settings),
     );
     let watch = tokio::spawn(vitals.clone().guard("health".into(), health.watch(door.clone())));
 

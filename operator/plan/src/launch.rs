@@ -275,6 +275,7 @@ pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
         max_queued_bytes: valid.max_queued_bytes,
         max_queue_seconds: router.limits.max_queue_seconds,
         max_body_bytes: ROUTER_BODY_BYTES_MAX,
+        tokenizer_info: false,
         max_connection_seconds: None,
         connection_grace_seconds: None,
         tls_cert: None,

@@ -4,7 +4,6 @@ use std::convert::Infallible;
 
 use axum::{
     Json,
-    body::Body,
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -20,12 +19,12 @@ use super::{
     logprobs::{ChatLogprobs, Entries, Naming, RankedToken, prompt_logprobs},
     params::Common,
     render::{DONE, Head, StopReason, UsageAsked, UsageBody, ended, event, ids, one_event},
-    sse,
+    waiting,
 };
 use crate::{
     ask::Score,
     calls::{self, Calls, Heard},
-    generate::{Chat, Fault, Input, Invalid, Piece, Reply, Unasked},
+    generate::{Chat, Fault, Input, Invalid, Piece, Reply, Request, Unasked},
     metrics::Call,
     tools::{Choice as ToolChoice, Tools, earlier_calls},
 };
@@ -193,7 +192,10 @@ pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Re
     let prompt_top = common.prompt_logprobs;
     let prepared = api
         .door
-        .prepare(common.request(Input::Chat(chat), top, prompt_top))
+        .prepare(Request {
+            deadline: asked.deadline,
+            ..common.request(Input::Chat(chat), top, prompt_top)
+        })
         .await?;
     if let Some(call) = call {
         call.model(&prepared.entry.name);
@@ -209,13 +211,19 @@ pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Re
         callable: tools.callable().to_vec(),
         most_calls,
     };
-    let mut reply = api.door.start(prepared).await?;
     let response = if common.stream {
-        // The first piece decides the status: what fails before it is an error response, not a broken stream.
-        let first = reply.next().await?;
-        sse(Body::from_stream(stream(shape, reply, first, call.take())))
+        let door = api.door.clone();
+        let opening = async move {
+            let mut reply = door.start(prepared).await?;
+            let first = reply.next().await?;
+            Ok((reply, first))
+        };
+        waiting::stream(api, opening, call, |(reply, first), call| {
+            stream(shape, reply, first, call)
+        })
+        .await?
     } else {
-        whole(&shape, reply).await?
+        whole(&shape, api.door.start(prepared).await?).await?
     };
     Ok(ignored.named_in(response))
 }

@@ -11,6 +11,10 @@ use crate::group::MemoryReport;
 const STEP_TOKEN_BUCKETS: &[f64] = &[
     1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0,
 ];
+/// One that was compiled before is there in microseconds; the grammars' bounds end the longest.
+const GRAMMAR_BUCKETS: &[f64] = &[
+    0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
 /// Small models step in tens of microseconds, a long prefill on a CPU in seconds.
 const STEP_BUCKETS: &[f64] = &[
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
@@ -31,6 +35,7 @@ pub struct EngineMetrics {
     generation_tokens: IntCounter,
     success: IntCounterVec,
     rejected: IntCounter,
+    grammar_seconds: HistogramVec,
     sessions: IntGauge,
     sessions_cut: IntCounter,
     preemptions: IntCounter,
@@ -127,6 +132,12 @@ impl EngineMetrics {
             )?,
             generation_tokens: make.counter("vllm:generation_tokens_total", "Generated tokens")?,
             success,
+            grammar_seconds: make.histograms(
+                "swallow_worker_grammar_compile_seconds",
+                "Compiling a request's grammar, by outcome: compiled, or refused; waiting for a place to do it is not counted",
+                GRAMMAR_BUCKETS,
+                "outcome",
+            )?,
             rejected: make.counter(
                 "swallow_worker_requests_rejected_total",
                 "Requests refused before they ran",
@@ -250,6 +261,14 @@ impl EngineMetrics {
 
     pub(crate) fn session_cut(&self) {
         self.sessions_cut.inc();
+    }
+
+    /// A grammar was compiled, or could not be.
+    pub(crate) fn grammar(&self, compiled: bool, took: Duration) {
+        let outcome = if compiled { "compiled" } else { "refused" };
+        self.grammar_seconds
+            .with_label_values(&[outcome])
+            .observe(took.as_secs_f64());
     }
 
     pub(crate) fn rejected(&self) {

@@ -69,7 +69,7 @@ impl EngineThread {
         let open = Open {
             inbox: inbox_tx,
             door: Arc::new(loaded.door),
-            compiler: Arc::new(Compiler::new(facts.grammars())),
+            compiler: Arc::new(Compiler::new(facts.grammars(), engine_metrics.clone())),
             facts: Arc::clone(&facts),
         };
         let engine = Engine::new(Parts {

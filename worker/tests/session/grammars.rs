@@ -84,6 +84,15 @@ async fn what_cannot_be_compiled_is_refused_and_the_others_run() {
         assert_eq!(router.finished(handle).await.tokens, expected);
     }
     worker.controls.empty().await;
+    let (_, metrics) = worker.get("/metrics").await;
+    for (outcome, count) in [("compiled", 1), ("refused", 2)] {
+        let counted = |line: &&str| {
+            line.starts_with("swallow_worker_grammar_compile_seconds_count")
+                && line.contains(&format!("outcome=\"{outcome}\""))
+        };
+        let line = metrics.lines().find(counted).expect("a series");
+        assert!(line.ends_with(&format!(" {count}")), "{line}");
+    }
 }
 
 /// Beside two requests with grammars, one without is in every step, and the next step is launched before anybody has seen
