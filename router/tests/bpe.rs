@@ -105,6 +105,8 @@ fn random_merges(rng: &mut fastrand::Rng) -> Value {
     let mut file = byte_tokenizer();
     let tiny = tiny();
     file["pre_tokenizer"] = tiny["pre_tokenizer"].clone();
+    // Their ids would be in the way: the library gives others to those that do not follow the vocabulary.
+    file["added_tokens"] = json!([]);
     let mut tokens: Vec<String> = ["a", "b", "c", "Ġ"].map(str::to_owned).to_vec();
     let mut merges: Vec<[String; 2]> = Vec::new();
     for _ in 0..rng.usize(1..60) {

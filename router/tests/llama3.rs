@@ -43,7 +43,10 @@ fn tokenizer(folder: &Path) -> Arc<Tokenizer> {
             "xz: {}",
             String::from_utf8_lossy(&out.stderr)
         );
-        Arc::new(Tokenizer::load(&out.stdout, Some("<|begin_of_text|>"), None).expect("Llama 3's tokenizer"))
+        let tokenizer = Tokenizer::load(&out.stdout, Some("<|begin_of_text|>"), None);
+        let tokenizer = tokenizer.expect("Llama 3's tokenizer");
+        assert!(tokenizer.is_own(), "it is what our own BPE is for");
+        Arc::new(tokenizer)
     };
     TOKENIZER.get_or_init(load).clone()
 }

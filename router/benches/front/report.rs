@@ -65,6 +65,29 @@ impl Report {
         ]);
     }
 
+    /// Latency beside that of the backend without anything in between. Where that alone is above the aim, the machine is
+    /// too busy to tell.
+    pub fn added(&mut self, case: &str, aim_ms: f64, router_us: f64, direct_us: f64) {
+        let (router, direct) = (router_us / 1000.0, direct_us / 1000.0);
+        println!(
+            "{}",
+            json!({"case": case, "router_ms": router, "direct_ms": direct, "added_ms": router - direct,
+                "aim_ms": aim_ms, "load": load_average()})
+        );
+        let met = match direct > aim_ms {
+            true => "too busy to tell".to_owned(),
+            false => verdict(router - direct <= aim_ms),
+        };
+        self.rows.push([
+            case.to_owned(),
+            format!("{router:.2} ms"),
+            format!("{direct:.2} ms, direct"),
+            format!("{:+.2} ms", router - direct),
+            format!("{aim_ms} ms"),
+            met,
+        ]);
+    }
+
     /// A figure without a relay's beside it.
     pub fn plain(&mut self, case: &str, value: f64, unit: &str, Target(aim): Target) {
         println!(

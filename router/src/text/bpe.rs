@@ -5,14 +5,20 @@
 //! ones the leftmost, as the library does; a long word by queues, so that its length does not count twice. Whatever of a
 //! tokenizer.json is not known to be of this kind leaves the text to the library: `Bpe::read` then gives nothing.
 
+mod added;
+mod whole;
+
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap, HashMap, VecDeque},
-    hash::{BuildHasherDefault, Hasher},
+    collections::{BinaryHeap, HashMap, VecDeque},
+    hash::BuildHasherDefault,
 };
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+use added::{Added, Trie};
+use whole::{Mix, Whole};
 
 use super::{
     decoder::ByteLevel,
@@ -33,16 +39,6 @@ struct File {
     #[serde(default)]
     added_tokens: Vec<Added>,
     model: Model,
-}
-
-#[derive(Deserialize)]
-struct Added {
-    id: u32,
-    content: String,
-    single_word: bool,
-    lstrip: bool,
-    rstrip: bool,
-    normalized: bool,
 }
 
 #[derive(Deserialize)]
@@ -115,7 +111,7 @@ impl Bpe {
             bytes,
             merges: merges(model)?,
             whole: Whole::default(),
-            added: Trie::new(&file.added_tokens)?,
+            added: Trie::new(&file.added_tokens, |token| library.token_to_id(token))?,
             around: around(library)?,
         };
         this.whole = if model.ignore_merges {
@@ -319,149 +315,6 @@ impl Due {
             self.ranks.pop();
         }
         Some((rank, at?))
-    }
-}
-
-/// The added token that begins first in a text, and of those the longest.
-#[derive(Default)]
-struct Trie {
-    /// Of the first bytes.
-    begins: Vec<bool>,
-    nodes: Vec<Node>,
-}
-
-#[derive(Default)]
-struct Node {
-    next: BTreeMap<u8, usize>,
-    ends: Option<u32>,
-}
-
-impl Trie {
-    fn new(added: &[Added]) -> Option<Self> {
-        let mut this = Self {
-            begins: vec![false; 256],
-            nodes: vec![Node::default()],
-        };
-        for token in added {
-            // A normalised one is looked for in a pass of its own; without a normalizer that makes no difference where
-            // all are.
-            let odd = token.single_word || token.lstrip || token.rstrip;
-            if odd || token.content.is_empty() || token.normalized != added[0].normalized {
-                return None;
-            }
-            this.begins[usize::from(token.content.as_bytes()[0])] = true;
-            let mut at = 0;
-            for byte in token.content.bytes() {
-                let new = this.nodes.len();
-                let next = *this.nodes[at].next.entry(byte).or_insert(new);
-                if next == new {
-                    this.nodes.push(Node::default());
-                }
-                at = next;
-            }
-            this.nodes[at].ends = Some(token.id);
-        }
-        Some(this)
-    }
-
-    /// Where it begins and ends, and its id.
-    fn first(&self, text: &str) -> Option<(usize, usize, u32)> {
-        let bytes = text.as_bytes();
-        let starts = bytes.iter().enumerate();
-        let mut starts = starts.filter(|(_, byte)| self.begins[usize::from(**byte)]);
-        starts.find_map(|(start, _)| {
-            self.longest(&bytes[start..])
-                .map(|(length, id)| (start, start + length, id))
-        })
-    }
-
-    fn longest(&self, bytes: &[u8]) -> Option<(usize, u32)> {
-        let (mut at, mut found) = (0, None);
-        for (length, byte) in (1..).zip(bytes) {
-            let Some(&next) = self.nodes[at].next.get(byte) else {
-                break;
-            };
-            at = next;
-            found = self.nodes[at].ends.map(|id| (length, id)).or(found);
-        }
-        found
-    }
-}
-
-/// Words and their ids: an open table, whose words lie in one piece of memory.
-#[derive(Default)]
-struct Whole {
-    text: Vec<u8>,
-    /// Where a word begins in `text`, its length and its id.
-    places: Vec<(u32, u32, u32)>,
-}
-
-impl Whole {
-    fn new<'a>(words: impl ExactSizeIterator<Item = (&'a Vec<u8>, &'a u32)>) -> Self {
-        let mut this = Self {
-            text: Vec::new(),
-            places: vec![(0, 0, NONE); (words.len() * 2).next_power_of_two()],
-        };
-        for (word, &id) in words {
-            let at = this.place(word);
-            this.places[at] = (this.text.len() as u32, word.len() as u32, id);
-            this.text.extend_from_slice(word);
-        }
-        this
-    }
-
-    fn get(&self, word: &[u8]) -> Option<u32> {
-        let (_, _, id) = self.places[self.place(word)];
-        (id != NONE).then_some(id)
-    }
-
-    /// Where a word is, or would be. Half of the places are empty, so there is an end to the search.
-    fn place(&self, word: &[u8]) -> usize {
-        let mut hash = Mix::default();
-        hash.write(word);
-        let mask = self.places.len() - 1;
-        let mut at = hash.finish() as usize & mask;
-        loop {
-            let (start, length, id) = self.places[at];
-            let same = || self.text[start as usize..][..length as usize] == *word;
-            if id == NONE || (length as usize == word.len() && same()) {
-                return at;
-            }
-            at = (at + 1) & mask;
-        }
-    }
-}
-
-/// A hash of a multiplication a word of the machine. What is stored comes from the model's own files; a client only
-/// looks up, and can't make a search longer than they do.
-#[derive(Default)]
-struct Mix(u64);
-
-impl Mix {
-    fn mix(&mut self, word: u64) {
-        let product = u128::from(self.0 ^ word) * u128::from(0x9e37_79b9_7f4a_7c15_u64);
-        self.0 = (product as u64) ^ (product >> 64) as u64;
-    }
-}
-
-impl Hasher for Mix {
-    fn write(&mut self, bytes: &[u8]) {
-        let mut words = bytes.chunks_exact(8);
-        for word in &mut words {
-            self.mix(u64::from_le_bytes(word.try_into().expect("eight bytes")));
-        }
-        let rest = words.remainder();
-        let mut last = [0; 8];
-        last[..rest.len()].copy_from_slice(rest);
-        self.mix(u64::from_le_bytes(last) ^ (bytes.len() as u64) << 56);
-    }
-
-    fn write_u32(&mut self, word: u32) {
-        self.mix(u64::from(word) + 1);
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
     }
 }
 
