@@ -25,11 +25,6 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-/// A token on its way is a dozen small pieces of memory, taken on one thread and given back on another, and a request
-/// some large ones: the system's allocator took a fifth of the router's time over them.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// Why the router could not run.
 #[derive(Debug, thiserror::Error)]
 enum RunError {

@@ -204,46 +204,42 @@ impl<R: Runner> Engine<R> {
 
     /// Waits for the oldest launched step and records what came of it.
     fn finish(&mut self) -> Result<(), EngineError> {
-        let Some(Flight {
-            step,
-            begun,
-            predicted,
-        }) = self.flights.pop_front()
-        else {
+        let Some(flight) = self.flights.pop_front() else {
             return Ok(());
         };
         let result = match self.runner.finish() {
             Ok(result) => result,
-            Err(error) => return Err(self.fail(&step, &error.to_string())),
+            Err(error) => return Err(self.fail(&flight.step, &error.to_string())),
         };
         let now = Instant::now();
         if let Some(next) = self.flights.front_mut() {
             next.begun = now;
         }
-        let took = now.saturating_duration_since(begun);
-        self.scheduler.learn(&step, micros(took));
-        self.count(&step, took, predicted, result.replayed);
-        self.last_step = step.id;
-        self.record(&step, result);
+        let took = now.saturating_duration_since(flight.begun);
+        self.scheduler.learn(&flight.step, micros(took));
+        self.count(&flight, took, &result);
+        self.last_step = flight.step.id;
+        self.record(&flight.step, result);
         Ok(())
     }
 
-    fn count(&mut self, step: &Step, took: Duration, predicted: Option<Micros>, replayed: bool) {
-        let decode = step
-            .works
+    fn count(&mut self, flight: &Flight, took: Duration, result: &StepResult) {
+        let works = &flight.step.works;
+        let decode = works
             .iter()
             .filter(|work| is_decode(&work.input, work.sample))
             .count();
         let decode = u32::try_from(decode).expect("a step is bounded by max_step_tokens");
-        let rows: u32 = step.works.iter().map(swallow_schedule::Work::rows).sum();
+        let rows: u32 = works.iter().map(swallow_schedule::Work::rows).sum();
         let prefill = rows - decode;
         self.rates.step(prefill, decode, took);
         self.metrics.step(StepDone {
             prefill,
             decode,
             took,
-            predicted: predicted.map(|micros| Duration::from_micros(micros.0)),
-            replayed,
+            predicted: flight.predicted.map(|micros| Duration::from_micros(micros.0)),
+            exchanged: result.exchanged,
+            replayed: result.replayed,
         });
     }
 

@@ -39,10 +39,6 @@ const STEP: Duration = Duration::from_millis(20);
 /// Streams that are held open get a token now and then.
 const HELD_STEP: Duration = Duration::from_secs(2);
 
-/// The router allocates with it, and so do the relays that it is compared with.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// What the router costs beside a bare relay
 #[derive(Parser)]
 struct Cli {

@@ -5,10 +5,7 @@ use std::fmt;
 
 use serde::{
     Deserialize, Deserializer,
-    de::{
-        Error, MapAccess, SeqAccess, Visitor,
-        value::{MapAccessDeserializer, SeqAccessDeserializer},
-    },
+    de::{Error, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
 };
 use serde_json::{Map, Value};
 
@@ -124,20 +121,24 @@ impl<'de> Visitor<'de> for Part {
         Value::deserialize(MapAccessDeserializer::new(map)).map(Prompt::Other)
     }
 
-    /// Ids as long as there is nothing else; what came by then is values from there on.
+    /// What begins with an id is ids to its end, or an error: whoever reads the body then reads it anew, as values.
     fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Prompt, A::Error> {
         let mut ids = Vec::new();
-        while let Some(part) = parts.next_element()? {
-            let Prompt::Id(id) = part else {
-                let mut values: Vec<Value> = ids.into_iter().map(Value::from).collect();
-                values.push(part.into());
-                let rest = Value::deserialize(SeqAccessDeserializer::new(parts))?;
-                if let Value::Array(rest) = rest {
-                    values.extend(rest);
+        match parts.next_element()? {
+            None => {}
+            Some(Prompt::Id(first)) => {
+                ids.push(first);
+                while let Some(id) = parts.next_element()? {
+                    ids.push(id);
+                }
+            }
+            Some(first) => {
+                let mut values = vec![Value::from(first)];
+                while let Some(value) = parts.next_element()? {
+                    values.push(value);
                 }
                 return Ok(Prompt::Other(values.into()));
-            };
-            ids.push(id);
+            }
         }
         Ok(Prompt::Ids(ids))
     }
@@ -145,35 +146,45 @@ impl<'de> Visitor<'de> for Part {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use serde_json::Value;
 
-    /// The same fields as without ids.
+    use super::{
+        super::{fields::Fields, known::Page},
+        PROMPT,
+    };
+
+    /// The same prompt and other fields as without ids.
     fn check(json: &str, has_ids: bool) {
-        let mut body: Body = serde_json::from_str(json).expect(json);
-        assert_eq!(body.ids.is_some(), has_ids, "{json}");
-        if let Some(ids) = body.ids.take() {
-            body.fields.insert(PROMPT.to_owned(), ids.into());
-        }
+        let parse = || Fields::parse(Page::Completions, json.as_bytes()).expect(json);
+        assert_eq!(parse().prompt_ids().is_some(), has_ids, "{json}");
         let expected: Value = serde_json::from_str(json).expect(json);
-        assert_eq!(Value::Object(body.fields), expected, "{json}");
+        let expected = expected.as_object().expect("an object");
+        let mut fields = parse();
+        for name in [PROMPT, "a"] {
+            let expected = expected.get(name).filter(|value| !value.is_null());
+            assert_eq!(fields.take(name).as_ref(), expected, "{json}");
+            assert_eq!(fields.take(name), None, "{json}");
+        }
     }
 
     #[test]
     fn a_prompt_of_ids_alone_is_ids_and_all_else_is_as_it_was() {
         for json in [
             r#"{"prompt": [1, 4294967295]}"#,
-            r#"{"prompt": []}"#,
+            r#"{"prompt": [], "a": []}"#,
             r#"{"a": 1, "prompt": "x", "prompt": [3]}"#,
         ] {
             check(json, true);
         }
         for json in [
             r#"{}"#,
-            r#"{"prompt": "text", "b": [1]}"#,
-            r#"{"prompt": [1, -2, 3]}"#,
-            r#"{"prompt": [1, 2.0, [3, 4], {"a": null}, true, "x"]}"#,
-            r#"{"prompt": [4294967296]}"#,
+            r#"{"prompt": "text", "a": [1]}"#,
+            r#"{"prompt": [1, -2, 3], "a": {"b": 1}}"#,
+            r#"{"prompt": [1, 2.0, [3, 4], {"a": null}, true, "x"], "a": [1.5]}"#,
+            r#"{"prompt": [1, 4294967296]}"#,
+            r#"{"prompt": [4294967296, 1]}"#,
             r#"{"prompt": [[1, 2], [3]]}"#,
+            r#"{"prompt": [[1, "x"], 3]}"#,
             r#"{"prompt": ["a", "b"]}"#,
             r#"{"prompt": null}"#,
             r#"{"prompt": {"a": [1]}}"#,

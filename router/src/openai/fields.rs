@@ -36,7 +36,8 @@ impl Fields {
                 ..Self::of(page, fields)
             });
         }
-        match serde_json::from_slice::<Value>(body) {
+        match serde_json::from_slice(body) {
+            Ok(Value::Object(fields)) => Ok(Self::of(page, fields)),
             Ok(_) => Err(Invalid::new("body", "must be a JSON object")),
             Err(error) => Err(Invalid::new("body", format!("is not JSON: {error}"))),
         }

@@ -16,8 +16,6 @@ const START_WEIGHT: f64 = 0.5;
 const ERROR_BLEND: f64 = 0.05;
 /// An error that is more typical than this says that nothing is known; it is no reason to stop prefill.
 const ERROR_MAX: f64 = 0.3;
-/// Prefill rows that a step has whatever they cost: else a slow device would never get through a prompt.
-pub(crate) const ROWS_MIN: usize = 128;
 
 /// What a step does, as far as it costs time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -185,12 +183,15 @@ impl CostModel {
 pub struct Pace {
     /// The longest step while a stream decodes.
     pub target: Micros,
+    /// Prefill rows that a step may have whatever they cost, at least 1: else a slow device would never get through a
+    /// prompt.
+    pub rows_min: u32,
     /// What steps cost.
     pub costs: CostModel,
 }
 
 impl Pace {
-    /// Of at most `most` rows of prefill, as many as keep the target beside `decode`; `ROWS_MIN` at least, while there are
+    /// Of at most `most` rows of prefill, as many as keep the target beside `decode`; `rows_min` at least, while there are
     /// so many. `with` adds so many rows of prefill to a step, as the scheduler would share them out.
     pub(crate) fn rows(
         &self,
@@ -199,10 +200,11 @@ impl Pace {
         mut with: impl FnMut(StepCost, usize) -> StepCost,
     ) -> usize {
         let mut keeps = |rows| self.costs.keeps(&with(decode, rows), self.target);
-        if most <= ROWS_MIN || keeps(most) {
+        let least = self.rows_min.max(1) as usize;
+        if most <= least || keeps(most) {
             return most;
         }
-        let (mut good, mut bad) = (ROWS_MIN, most);
+        let (mut good, mut bad) = (least, most);
         while bad - good > 1 {
             let middle = good.midpoint(bad);
             if keeps(middle) {

@@ -6,6 +6,7 @@
 use std::{
     ops::Range,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use swallow_schedule::{Input, SeqId, Step, StepId, Work};
@@ -98,6 +99,8 @@ pub struct Landed {
     pub fingerprint: u64,
     /// It ran from a recording.
     pub replayed: bool,
+    /// Time that the rank spent meeting the others, waiting for them included; `None` alone, or where nobody looks.
+    pub exchanged: Option<Duration>,
     /// Where its time went, of a device that was told to look.
     pub op_times: Vec<OpTime>,
 }

@@ -197,6 +197,8 @@ pub struct StepResult {
     pub prompt_scores: Vec<PromptScores>,
     /// It ran from a recording.
     pub replayed: bool,
+    /// Time that ranks spent meeting each other; that of the rank that spent most.
+    pub exchanged: Option<Duration>,
     /// Where the first rank's time went, of a group that was told to look.
     pub op_times: Vec<OpTime>,
 }
@@ -603,6 +605,7 @@ fn collect(meta: &StepMeta, mut landed: Vec<Landed>) -> StepResult {
         .first_mut()
         .map(|first| std::mem::take(&mut first.op_times));
     let replayed = landed.iter().all(|landed| landed.replayed);
+    let exchanged = landed.iter().filter_map(|landed| landed.exchanged).max();
     let mut outs: Vec<HeadOut> = landed.into_iter().flat_map(|landed| landed.outs).collect();
     outs.sort_unstable_by_key(|out| out.ask);
     assert!(
@@ -611,6 +614,7 @@ fn collect(meta: &StepMeta, mut landed: Vec<Landed>) -> StepResult {
     );
     let mut result = StepResult {
         replayed,
+        exchanged,
         op_times: op_times.unwrap_or_default(),
         ..StepResult::default()
     };

@@ -44,6 +44,7 @@ pub struct EngineMetrics {
     step_tokens: Histogram,
     step_seconds: HistogramVec,
     step_error: HistogramVec,
+    collective_seconds: HistogramVec,
     steps: IntCounterVec,
     memory: IntGaugeVec,
     requests: Requests,
@@ -60,6 +61,8 @@ pub(crate) struct StepDone {
     pub(crate) took: Duration,
     /// What was expected when it was launched.
     pub(crate) predicted: Option<Duration>,
+    /// Time that its ranks spent meeting each other.
+    pub(crate) exchanged: Option<Duration>,
     /// It ran from a recording.
     pub(crate) replayed: bool,
 }
@@ -170,6 +173,12 @@ impl EngineMetrics {
                 ERROR_BUCKETS,
                 "kind",
             )?,
+            collective_seconds: make.histograms(
+                "swallow_worker_collective_seconds",
+                "Time of a step that its ranks spent meeting each other, by what its rows do; where the device tells it",
+                STEP_BUCKETS,
+                "kind",
+            )?,
             steps,
             memory: make.gauges(
                 "swallow_worker_memory_bytes",
@@ -195,6 +204,11 @@ impl EngineMetrics {
             self.step_error
                 .with_label_values(&[kind])
                 .observe((predicted.as_secs_f64() / took - 1.0).abs());
+        }
+        if let Some(exchanged) = step.exchanged {
+            self.collective_seconds
+                .with_label_values(&[kind])
+                .observe(exchanged.as_secs_f64());
         }
         let launch = if step.replayed { "recorded" } else { "single" };
         self.steps.with_label_values(&[launch]).inc();

@@ -1,7 +1,7 @@
 //! What steps cost on this machine, measured before the first request, so that the first prompts beside running answers
 //! are cut well already.
 //!
-//! Prompts of doubling lengths alone, far into a text, and beside decode rows, until one takes much longer than the
+//! Prompts of doubling lengths alone, far into a text, and beside decode rows, until one takes longer than the
 //! target: longer steps than that are never planned while a stream decodes. What the steps compute means nothing.
 
 use std::time::{Duration, Instant};
@@ -16,6 +16,8 @@ use crate::{
     sampling::SamplingParams,
 };
 
+/// Rows of prompts that a step may have whatever they cost.
+const ROWS_MIN: u32 = 128;
 /// Rows of the first prompt, which only tells whether this is a machine for more.
 const FIRST_ROWS: u32 = 16;
 /// Rows of the shortest prompt that is learnt from.
@@ -77,7 +79,7 @@ pub(super) fn pace(group: &mut Group, limits: &Limits, target: Duration) -> Resu
         }
         'longer: for rows in sizes(limits) {
             for probe in prefill_probes(rows, limits) {
-                if measure(probe, Some(&mut costs))? > 2 * target {
+                if measure(probe, Some(&mut costs))? > target {
                     break 'longer;
                 }
             }
@@ -87,6 +89,7 @@ pub(super) fn pace(group: &mut Group, limits: &Limits, target: Duration) -> Resu
     info!(steps, ms, target_ms, "what steps cost is known");
     Ok(Pace {
         target: Micros(target.as_micros() as u64),
+        rows_min: ROWS_MIN,
         costs,
     })
 }

@@ -274,6 +274,7 @@ impl Runner for Fake {
             sampled: Vec::new(),
             prompt_scores: Vec::new(),
             replayed: false,
+            exchanged: None,
             op_times: Vec::new(),
         };
         for (work, sequence) in step.works.iter().zip(&sequences) {

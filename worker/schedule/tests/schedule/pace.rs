@@ -11,6 +11,8 @@ use crate::device::{NOW, ask, limits};
 use crate::engine::text;
 
 const SEED: u64 = 7;
+/// As a server has it.
+const ROWS_MIN: u32 = 128;
 
 /// Microseconds.
 #[derive(Clone, Copy, Debug)]
@@ -99,6 +101,7 @@ fn run(world: World, pace: bool, known: &[(u64, u64)], random: &mut fastrand::Rn
         }
         scheduler.set_pace(Pace {
             target: Micros(world.target_ms * 1000),
+            rows_min: ROWS_MIN,
             costs,
         });
     }
@@ -282,6 +285,7 @@ fn nothing_is_bound_while_nothing_decodes() {
     let mut scheduler = Scheduler::new(World::limits());
     scheduler.set_pace(Pace {
         target: Micros(1),
+        rows_min: ROWS_MIN,
         costs: CostModel::new(),
     });
     for id in 0..3 {
@@ -322,6 +326,7 @@ fn a_pace_that_never_binds_changes_nothing() {
     costs.begin_with(&StepCost::of(&single(0, 8192)), Micros(1));
     let loose = Pace {
         target: Micros(u64::MAX),
+        rows_min: ROWS_MIN,
         costs,
     };
     assert_eq!(steps(Some(loose)), steps(None));

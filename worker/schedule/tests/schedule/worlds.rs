@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use fastrand::Rng;
 use swallow_schedule::{
-    Ask, Finish, Input, Limits, Micros, Output, Refusal, Scheduler, SeqId, Step, StepId, Work,
+    Ask, CostModel, Finish, Input, Limits, Micros, Output, Pace, Refusal, Scheduler, SeqId, Step, StepId,
+    Work,
 };
 
 use crate::device::{Device, colliding_key_of, key_of, undisturbed, with_surplus};
@@ -127,11 +128,20 @@ impl World {
         let prompts = (0..texts)
             .map(|_| (0..96).map(|_| rng.u32(0..vocab)).collect())
             .collect();
+        let device = Device::new(&limits, vocab);
+        let mut scheduler = Scheduler::new(limits);
+        if rng.bool() {
+            scheduler.set_pace(Pace {
+                target: Micros(rng.u64(1..100)),
+                rows_min: rng.u32(1..=4),
+                costs: CostModel::new(),
+            });
+        }
         Self {
             lag,
             vocab,
-            device: Device::new(&limits, vocab),
-            scheduler: Scheduler::new(limits),
+            device,
+            scheduler,
             clients: Vec::new(),
             live: BTreeMap::new(),
             in_flight: VecDeque::new(),
@@ -394,6 +404,10 @@ impl World {
                 }
             }
         }
+        // Whatever it took: what is planned then differs, what comes out does not.
+        let rows: u64 = flight.step.works.iter().map(|work| u64::from(work.rows())).sum();
+        self.scheduler
+            .learn(&flight.step, Micros(rows * self.rng.u64(1..5)));
         self.scheduler.commit(flight.step.id, &sampled);
     }
 

@@ -382,6 +382,7 @@ impl CudaDevice {
             outs,
             fingerprint: side.hash[0],
             replayed: flight.replayed,
+            exchanged: None,
             op_times: Vec::new(),
         })
     }
