@@ -101,10 +101,6 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     answer_probes(args, &door)?;
     let health = grpc::Health::new();
     let max_bytes = args.max_body_bytes as usize;
-    let settings = openai::Settings {
-        tokenizer_info: args.tokenizer_info,
-        ..openai::Settings::new(max_bytes)
-    };
     let (shutdown_handle, shutdown) = ShutdownHandle::new();
     let places = Places::new(open_files());
     if let Some(keys) = &keys {
@@ -146,7 +142,7 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
         http_listener,
         Protocol::Http,
         http_tls,
-        openai::router_with(door.clone(), settings),
+        openai::router_with(door.clone(), settings(args)),
     );
     let watch = tokio::spawn(vitals.clone().guard("health".into(), health.watch(door.clone())));
 
@@ -191,6 +187,14 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
         }
     }
     Ok(())
+}
+
+/// What the operator decided about the HTTP front.
+fn settings(args: &RouterArgs) -> openai::Settings {
+    openai::Settings {
+        tokenizer_info: args.tokenizer_info,
+        ..openai::Settings::new(args.max_body_bytes as usize)
+    }
 }
 
 /// Starts to follow discovery: the replicas of the command line, and the Services of a cluster if it names any.

@@ -4,6 +4,7 @@ import asyncio
 import json
 import pathlib
 import re
+import time
 
 import openai
 import pytest
@@ -281,3 +282,18 @@ def test_a_model_that_may_call_a_function_answers_as_it_likes(client):
     assert hidden.choices[0].message.content == free.choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="template does not read tools"):
         ask(client, ENGLISH, tools=TOOLS)
+
+
+def test_a_deadline_in_a_header_binds_a_stream(client):
+    start = time.monotonic()
+    with pytest.raises(openai.APIError, match="deadline"):
+        for _ in client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": ENGLISH}],
+            max_tokens=8000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+            extra_headers={"x-request-timeout-ms": "700"},
+        ):
+            pass
+    assert time.monotonic() - start < 5

@@ -383,7 +383,7 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         number: 23,
         name: "Three times the load, one tenant greedy",
-        made: "simulated time: steady arrivals of requests of very different sizes; and a real queue before a real session",
+        made: "simulated time: steady arrivals of requests of very different sizes; and an open loop of two tenants on a real queue before a real session",
         passes: "each gets its share of the tokens within 10 %; the queue stays within its bounds; Retry-After is within 30 % of the real drain time; goodput is 95 % of the capacity",
         tests: &[
             ("overload", "a_greedy_tenant_gets_its_share_and_no_more"),
@@ -403,14 +403,24 @@ pub const FAULTS: &[Fault] = &[
                 "dispatch",
                 "admission::tenants_take_turns_and_a_full_queue_is_shared",
             ),
+            (
+                "dispatch",
+                "overload::three_times_the_load_of_two_tenants_is_shared_bounded_and_forgotten",
+            ),
         ],
     },
     Fault {
         number: 24,
         name: "After an overload",
-        made: "simulated time: a minute of three times the load, then as before",
+        made: "simulated time: a minute of three times the load, then as before; and five seconds on a real queue",
         passes: "waits are as before within one drain of the queue",
-        tests: &[("overload", "after_an_overload_all_is_as_before_within_one_drain")],
+        tests: &[
+            ("overload", "after_an_overload_all_is_as_before_within_one_drain"),
+            (
+                "dispatch",
+                "overload::three_times_the_load_of_two_tenants_is_shared_bounded_and_forgotten",
+            ),
+        ],
     },
     Fault {
         number: 25,
@@ -445,7 +455,7 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         number: 27,
         name: "The router gets no processor time",
-        made: "the only thread of its runtime is taken; the program, under `ulimit -n 300`, gets 20 ms of each 100 ms, and 1,000 requests of 20 kB that it cannot serve",
+        made: "the only thread of its runtime is taken; the program, under `ulimit -n 200`, gets 20 ms of each 100 ms, and 400 requests that it cannot serve",
         passes: "liveness and readiness are answered within 50 ms by their own threads, with a fifth of a processor within 1 s; what is too much is refused, memory stays below 64 MiB, and all is as before afterwards",
         tests: &[
             (

@@ -8,6 +8,7 @@ mod discovery;
 mod faults;
 #[path = "../support/mock_worker.rs"]
 mod mock_worker;
+mod overload;
 mod panics;
 mod resume;
 mod shim;
