@@ -14,6 +14,7 @@ mod session;
 mod stop;
 mod termination;
 mod thread;
+mod tls;
 
 use std::{
     io::IsTerminal,
@@ -30,6 +31,7 @@ use tracing::{error, info};
 use self::{
     servers::{serve_grpc, serve_http},
     thread::EngineThread,
+    tls::SessionTls,
 };
 use crate::{
     config::Config,
@@ -43,6 +45,7 @@ pub use facts::{Facts, Loaded, ModelFile};
 pub use outbox::{Full, Outbox, OutboxStream, outbox};
 pub use stop::Stop;
 pub use termination::TerminationLog;
+pub use tls::{TlsError, TlsFiles};
 
 /// The session protocol's version.
 pub const PROTOCOL: u32 = 1;
@@ -63,6 +66,8 @@ pub struct Plan {
     pub drain_timeout: Duration,
     /// Unread bytes of one session.
     pub outbox_bytes: usize,
+    /// Routers speak TLS with these files.
+    pub tls: Option<TlsFiles>,
     /// For routers.
     pub grpc: TcpListener,
     /// For probes and people.
@@ -113,6 +118,7 @@ fn run_on_runtime(args: WorkerArgs) -> Result<(), ServeError> {
             max_waiting: config.max_waiting,
             drain_timeout: config.drain_timeout,
             outbox_bytes: OUTBOX_BYTES,
+            tls: config.tls.clone(),
             grpc: listen("grpc-listen", config.grpc_listen).await?,
             http: listen("http-listen", config.http_listen).await?,
         };
@@ -159,6 +165,7 @@ where
 {
     let model = plan.identity.served_names.first().cloned().unwrap_or_default();
     let metrics = Arc::new(Metrics::new(&model)?);
+    let tls = plan.tls.map(SessionTls::load).transpose()?;
     let state = Arc::new(State::new(plan.identity));
     let tasks = TaskTracker::new();
     let open = Arc::new(OnceLock::new());
@@ -178,7 +185,13 @@ where
         Arc::clone(&metrics),
         down.clone(),
     ));
-    servers.spawn(serve_grpc(plan.grpc, sessions, Arc::clone(&state), down.clone()));
+    servers.spawn(serve_grpc(
+        plan.grpc,
+        tls,
+        sessions,
+        Arc::clone(&state),
+        down.clone(),
+    ));
 
     let thread = EngineThread {
         state: Arc::clone(&state),
