@@ -32,6 +32,7 @@ async fn ask(channel: &Channel, question: &str) -> Result<String, tonic::Status>
         messages: vec![ChatMessage {
             role: Role::User.into(),
             content: question.into(),
+            ..ChatMessage::default()
         }],
         sampling: Some(SamplingParams {
             temperature: Some(0.0),

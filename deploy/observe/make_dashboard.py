@@ -44,6 +44,9 @@ ROWS = [
         ]),
         ("KV cache in use", "percentunit", [(f"max by (pod) (vllm:kv_cache_usage_perc{{{WORKER}}})", "{{pod}}")]),
         ("Time of a step", "s", quantiles("swallow_worker_step_seconds", WORKER)),
+        ("Error of a step's predicted time", "percentunit", [
+            (f"histogram_quantile(0.9, {rate('swallow_worker_step_prediction_error_bucket', 'le, kind', WORKER)})", "p90 {{kind}}"),
+        ]),
         ("Weights loaded", "bytes", [(f"max by (pod) (swallow_worker_load_done_bytes{{{WORKER}}})", "{{pod}}")]),
     ]),
 ]

@@ -37,6 +37,12 @@ impl Argv {
         }
     }
 
+    fn switch(&mut self, name: &str, on: bool) {
+        if on {
+            self.0.push(format!("--{name}"));
+        }
+    }
+
     fn each(&mut self, name: &str, values: impl IntoIterator<Item = impl ToString>) {
         for value in values {
             self.flag(name, value);

@@ -33,8 +33,10 @@ use crate::{
     text::{StopSet, Wording},
 };
 
-/// Texts up to this size are tokenised where they are: handing them over costs more. About 0.2 ms.
-const INLINE_BYTES: usize = 4096;
+/// Texts up to this size are tokenised where they are: handing them over costs more. About 0.2 ms, of our own tokenizer
+/// and of the library's.
+const INLINE_BYTES: usize = 16 << 10;
+const INLINE_LIBRARY_BYTES: usize = 1 << 10;
 /// A model whose files are not here yet is asked for again after this.
 const FILES_SOON: Duration = Duration::from_secs(2);
 
@@ -206,7 +208,11 @@ impl Door {
             Input::Text { text, .. } => text.len(),
             Input::Chat(chat) => chat.messages.iter().map(approximate_bytes).sum(),
         };
-        if size <= INLINE_BYTES {
+        let inline = match text.tokenizer.is_own() {
+            true => INLINE_BYTES,
+            false => INLINE_LIBRARY_BYTES,
+        };
+        if size <= inline {
             return encode(entry, text, input, &self.0.metrics);
         }
         let (model, text, metrics) = (Arc::clone(entry), Arc::clone(text), Arc::clone(&self.0.metrics));

@@ -82,17 +82,15 @@ fn deadline(metadata: &MetadataMap) -> Result<Option<Instant>, Invalid> {
         return Ok(None);
     };
     let timeout = value.to_str().ok().and_then(timeout);
-    let timeout = timeout.ok_or_else(|| {
-        Invalid::new(
-            "grpc-timeout",
-            "must be 1 to 8 digits and a unit, one of H, M, S, m, u and n",
-        )
-    })?;
+    let timeout = timeout.ok_or_else(|| Invalid::new("grpc-timeout", TIMEOUT_FORM))?;
     Ok(Instant::now().checked_add(timeout))
 }
 
+/// What a timeout looks like.
+pub(crate) const TIMEOUT_FORM: &str = "must be 1 to 8 digits and a unit, one of H, M, S, m, u and n";
+
 /// As the gRPC protocol writes it.
-fn timeout(text: &str) -> Option<Duration> {
+pub(crate) fn timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;

@@ -44,10 +44,12 @@ const OPEN_PATHS: [&str; 3] = ["/health", "/readyz", "/metrics"];
 const OPEN_SERVICES: [&str; 2] = ["/grpc.health.v1.Health/", "/grpc.reflection."];
 
 /// Whose request it is, and what that means in the queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Share {
     /// Whose.
     pub tenant: TenantId,
+    /// What the file of keys calls them; `None` where nobody is told apart.
+    pub name: Option<Arc<str>>,
     /// Against other tenants.
     pub weight: u32,
     /// Before whom.
@@ -58,6 +60,7 @@ impl Default for Share {
     fn default() -> Self {
         Self {
             tenant: TenantId::default(),
+            name: None,
             weight: 1,
             priority: Priority::default(),
         }
@@ -70,7 +73,7 @@ tokio::task_local! {
 
 /// The share of the request that the present task serves.
 pub(crate) fn share() -> Share {
-    SHARE.try_with(|share| *share).unwrap_or_default()
+    SHARE.try_with(Share::clone).unwrap_or_default()
 }
 
 /// A file of keys that cannot be used.
@@ -284,12 +287,13 @@ fn parse(path: &Path, text: &[u8], before: &Owners) -> Result<Owners, KeysError>
             Rank::High => Priority::High,
         };
         let owner = Owner {
-            name,
             share: Share {
                 tenant,
+                name: Some(Arc::clone(&name)),
                 weight,
                 priority,
             },
+            name,
             max_open: entry.max_open_requests,
             open: before
                 .get(&digest)

@@ -4,6 +4,7 @@
 
 mod admit;
 pub mod ask;
+mod calls;
 pub mod config;
 pub mod discover;
 pub mod dispatch;
@@ -25,4 +26,5 @@ mod session;
 pub mod template;
 pub mod text;
 pub mod tls;
+mod tools;
 pub mod vital;

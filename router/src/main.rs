@@ -107,6 +107,10 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     answer_probes(args, &door)?;
     let health = grpc::Health::new();
     let max_bytes = args.max_body_bytes as usize;
+    let settings = openai::Settings {
+        tokenizer_info: args.tokenizer_info,
+        ..openai::Settings::new(max_bytes)
+    };
     let (shutdown_handle, shutdown) = ShutdownHandle::new();
     let places = Places::new(open_files());
     if let Some(keys) = &keys {
@@ -148,7 +152,7 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
         http_listener,
         Protocol::Http,
         http_tls,
-        openai::router(door.clone(), max_bytes),
+        openai::router_with(door.clone(), settings),
     );
     let watch = tokio::spawn(vitals.clone().guard("health".into(), health.watch(door.clone())));
 

@@ -1,5 +1,6 @@
 //! What the router counts, in Prometheus' form. Labels are bounded: model names are those that are served (else
-//! "other"), never what a client sent; replicas leave with their series.
+//! "other"), never what a client sent; tenants are those that the file of API keys names, and so many at most; replicas
+//! leave with their series.
 //!
 //! Everything here is fed by something; names keep the prefix `swallow_router_`.
 
@@ -7,18 +8,22 @@ mod observer;
 mod series;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use prometheus::{Encoder, Histogram, IntCounter, IntGauge, Registry, TextEncoder};
+use prometheus::{Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, Registry, TextEncoder};
 use tonic::Code;
 
-use series::{Calls, Discovery, Dispatch, Maker, Replicas, Tokens};
+use series::{Calls, Discovery, Dispatch, Maker, Replicas, Tenants, Tokens};
 
 /// The label of a model that is not served here.
 pub const OTHER_MODEL: &str = "other";
+/// Tenants with series of their own; those that come later share one.
+pub const TENANTS_MAX: usize = 1000;
+/// The label of all others.
+pub const OTHER_TENANT: &str = "other";
 
 /// A part of the router's own work on a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +56,9 @@ pub struct Metrics {
     registry: Registry,
     calls: Calls,
     tokens: Tokens,
+    tenants: Tenants,
+    /// Those with series of their own.
+    known_tenants: Mutex<BTreeSet<Arc<str>>>,
     dispatch: Dispatch,
     replicas: Replicas,
     discovery: Discovery,
@@ -72,6 +80,8 @@ impl Metrics {
         Self {
             calls: Calls::new(&make),
             tokens: Tokens::new(&make),
+            tenants: Tenants::new(&make),
+            known_tenants: Mutex::default(),
             dispatch: Dispatch::new(&make),
             replicas: Replicas::new(&make),
             discovery: Discovery::new(&make),
@@ -105,14 +115,32 @@ impl Metrics {
             metrics: Arc::clone(self),
             method,
             model: OTHER_MODEL.to_owned(),
+            tenant: crate::keys::share().name,
             started: Instant::now(),
             code: None,
         }
     }
 
-    /// The series of one model's tokens.
-    pub fn tokens(&self, model: &str) -> TokenMeter {
+    /// The label of a tenant.
+    fn tenant<'a>(&self, name: &'a Arc<str>) -> &'a str {
+        let mut known = self.known_tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.contains(name) {
+            return name;
+        }
+        if known.len() >= TENANTS_MAX {
+            return OTHER_TENANT;
+        }
+        known.insert(Arc::clone(name));
+        name
+    }
+
+    /// The series of one request's tokens: its model's, and its tenant's.
+    pub fn tokens(&self, model: &str, tenant: Option<&Arc<str>>) -> TokenMeter {
+        let tenant = tenant.map(|name| self.tenant(name));
+        let of = |series: &IntCounterVec| tenant.map(|tenant| series.with_label_values(&[tenant]));
         TokenMeter {
+            tenant_prompt: of(&self.tenants.prompt),
+            tenant_output: of(&self.tenants.output),
             output: self.tokens.output.with_label_values(&[model]),
             first: self.tokens.first.with_label_values(&[model]),
             between: self.tokens.between.with_label_values(&[model]),
@@ -170,6 +198,7 @@ pub struct Call {
     metrics: Arc<Metrics>,
     method: &'static str,
     model: String,
+    tenant: Option<Arc<str>>,
     started: Instant,
     code: Option<Code>,
 }
@@ -189,11 +218,16 @@ impl Call {
 impl Drop for Call {
     fn drop(&mut self) {
         let (metrics, method) = (&self.metrics, self.method);
+        let code = name(self.code.unwrap_or(Code::Cancelled));
         metrics.calls.open.with_label_values(&[method]).dec();
+        if let Some(tenant) = &self.tenant {
+            let labels = [metrics.tenant(tenant), code];
+            metrics.tenants.requests.with_label_values(&labels).inc();
+        }
         metrics
             .calls
             .total
-            .with_label_values(&[&self.model, method, name(self.code.unwrap_or(Code::Cancelled))])
+            .with_label_values(&[&self.model, method, code])
             .inc();
         let took = self.started.elapsed().as_secs_f64();
         metrics
@@ -204,15 +238,24 @@ impl Drop for Call {
     }
 }
 
-/// The series of one model's tokens.
+/// The series of one request's tokens.
 #[derive(Clone, Debug)]
 pub struct TokenMeter {
+    tenant_prompt: Option<IntCounter>,
+    tenant_output: Option<IntCounter>,
     output: IntCounter,
     first: Histogram,
     between: Histogram,
 }
 
 impl TokenMeter {
+    /// The prompt, once.
+    pub fn prompt(&self, count: usize) {
+        if let Some(counter) = &self.tenant_prompt {
+            counter.inc_by(count as u64);
+        }
+    }
+
     /// The first tokens of a request, so long after its arrival.
     pub fn first(&self, after: Duration) {
         self.first.observe(after.as_secs_f64());
@@ -221,6 +264,9 @@ impl TokenMeter {
     /// Tokens of a candidate, so long after its last ones; `None` for its first.
     pub fn tokens(&self, count: usize, since_last: Option<Duration>) {
         self.output.inc_by(count as u64);
+        if let Some(counter) = &self.tenant_output {
+            counter.inc_by(count as u64);
+        }
         if let (Some(since), true) = (since_last, count > 0) {
             self.between.observe(since.as_secs_f64() / count as f64);
         }
@@ -240,5 +286,32 @@ fn name(code: Code) -> &'static str {
         Code::Unavailable => "UNAVAILABLE",
         // No front ends a request with another one.
         _ => "UNKNOWN",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tenants_have_so_many_series_and_no_more() {
+        let metrics = Metrics::new();
+        for n in 0..TENANTS_MAX + 50 {
+            let tenant: Arc<str> = format!("team {n}").into();
+            metrics.tokens("m", Some(&tenant)).tokens(2, None);
+            metrics.tokens("m", Some(&tenant)).tokens(1, None);
+        }
+        let (text, _) = metrics.text();
+        let series = |line: &&str| line.starts_with("swallow_router_tenant_output_tokens_total{");
+        assert_eq!(text.lines().filter(series).count(), TENANTS_MAX + 1);
+        for (tenant, tokens) in [("team 7", 3), (OTHER_TENANT, 150)] {
+            let line = format!("swallow_router_tenant_output_tokens_total{{tenant=\"{tenant}\"}} {tokens}");
+            assert!(text.contains(&line), "{line}");
+        }
+        metrics.tokens("m", None).tokens(1, None);
+        let all = (TENANTS_MAX + 50) * 3 + 1;
+        let (text, _) = metrics.text();
+        let line = format!("swallow_router_output_tokens_total{{model=\"m\"}} {all}");
+        assert!(text.contains(&line), "a model's tokens are those of all");
     }
 }

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokio::sync::OnceCell;
 
 use crate::{
@@ -89,6 +89,31 @@ impl ModelText {
             special,
         })
     }
+}
+
+/// What tokenizer_config.json says, with the chat template that is used here.
+///
+/// # Errors
+/// The file is not JSON.
+pub fn tokenizer_config(files: &ModelFiles) -> Result<Map<String, Value>, ModelTextError> {
+    let config = match files.get(TOKENIZER_CONFIG) {
+        None => Value::Object(Map::new()),
+        Some(file) => serde_json::from_slice(&file.bytes).map_err(|error| ModelTextError::Json {
+            name: TOKENIZER_CONFIG,
+            why: error.to_string(),
+        })?,
+    };
+    let template = template_source(files, &config);
+    let Value::Object(mut config) = config else {
+        return Err(ModelTextError::Json {
+            name: TOKENIZER_CONFIG,
+            why: "it is no object".into(),
+        });
+    };
+    if let Some((_, template)) = template {
+        config.insert("chat_template".into(), template.into());
+    }
+    Ok(config)
 }
 
 /// A file of its own wins over the one in tokenizer_config.json, where a list of templates has one named "default".

@@ -1,9 +1,10 @@
 //! OpenAI's HTTP interface, with vLLM's additions to it, and the pages that probes and scrapers read.
 //!
 //! A field that is known is served or refused by name; one that nobody knows is named in the response's header
-//! `x-swallow-ignored-fields`. Any bearer token will do: who may ask is not decided here.
+//! `x-swallow-ignored-fields`. A client's deadline, in the header `x-request-timeout-ms` or `grpc-timeout`, binds the whole
+//! request, streams too. Any bearer token will do: who may ask is not decided here.
 
-mod calls;
+mod body;
 mod chat;
 mod completions;
 mod error;
@@ -14,9 +15,12 @@ mod logprobs;
 mod params;
 mod render;
 mod tokens;
-mod tools;
+mod waiting;
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json, Router,
@@ -35,7 +39,7 @@ use uuid::Uuid;
 use crate::{
     ask::Refusal,
     fleet::ModelEntry,
-    generate::{Door, Fault},
+    generate::{Door, Fault, Invalid},
     guard::guarded,
     http::{Protocol, read_body},
     metrics::{Call, Stage},
@@ -43,6 +47,10 @@ use crate::{
 pub(crate) use error::Problem;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// How long the client waits, in milliseconds.
+const TIMEOUT_MS: &str = "x-request-timeout-ms";
+/// The same as gRPC writes it, for gateways that translate.
+const GRPC_TIMEOUT: &str = "grpc-timeout";
 const IGNORED_FIELDS: HeaderName = HeaderName::from_static("x-swallow-ignored-fields");
 const MAX_REQUEST_ID_BYTES: usize = 128;
 /// Unknown fields that a response names.
@@ -54,13 +62,40 @@ const MAX_NAME_BYTES: usize = 64;
 #[derive(Clone)]
 struct Api {
     door: Door,
-    max_body_bytes: usize,
+    settings: Settings,
+}
+
+/// What an operator decides.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Of a request.
+    pub max_body_bytes: usize,
+    /// Tell what a model's tokenizer is made of, at /tokenizer_info.
+    pub tokenizer_info: bool,
+    /// A stream whose first piece takes longer begins with comments, one each such time.
+    pub quiet: Duration,
+}
+
+impl Settings {
+    /// The usual ones.
+    pub fn new(max_body_bytes: usize) -> Self {
+        Self {
+            max_body_bytes,
+            tokenizer_info: false,
+            quiet: waiting::QUIET,
+        }
+    }
+}
+
+/// All routes, with the usual settings.
+pub fn router(door: Door, max_body_bytes: usize) -> Router {
+    router_with(door, Settings::new(max_body_bytes))
 }
 
 /// All routes.
-pub fn router(door: Door, max_body_bytes: usize) -> Router {
+pub fn router_with(door: Door, settings: Settings) -> Router {
     let panics = door.metrics().panics(Protocol::Http.label());
-    let api = Api { door, max_body_bytes };
+    let api = Api { door, settings };
     let routes = Router::new()
         .route(
             "/v1/chat/completions",
@@ -78,6 +113,7 @@ pub fn router(door: Door, max_body_bytes: usize) -> Router {
             "/detokenize",
             post(|state, request| answer(state, request, "detokenize")),
         )
+        .route("/tokenizer_info", get(tokens::tokenizer_info))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(|| async { StatusCode::OK }))
@@ -102,6 +138,8 @@ struct Asked {
     method: &'static str,
     /// When all of it was here.
     at: Instant,
+    /// The client gives up then.
+    deadline: Option<tokio::time::Instant>,
 }
 
 /// Fields of a request that nobody knows.
@@ -169,12 +207,14 @@ async fn handle(
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
     let RequestId(id) = parts.extensions.get().cloned().unwrap_or_default();
-    let body = read_body(body, api.max_body_bytes).await?;
+    let deadline = deadline(&parts.headers)?;
+    let body = read_body(body, api.settings.max_body_bytes).await?;
     let asked = Asked {
         id,
         body,
         method,
         at: Instant::now(),
+        deadline,
     };
     let handled: Handled<'_> = match method {
         "chat.completions" => Box::pin(chat::chat(api, asked, call)),
@@ -183,6 +223,26 @@ async fn handle(
         _ => Box::pin(tokens::detokenize(api, asked, call)),
     };
     handled.await
+}
+
+/// When the client gives up, by its headers; the sooner counts where both are given.
+fn deadline(headers: &HeaderMap) -> Result<Option<tokio::time::Instant>, Invalid> {
+    let read = |name: &'static str, read: fn(&str) -> Option<Duration>, why: &'static str| {
+        let Some(value) = headers.get(name) else {
+            return Ok(None);
+        };
+        let timeout = value.to_str().ok().and_then(read);
+        timeout.map(Some).ok_or_else(|| Invalid::new(name, why))
+    };
+    let plain = read(TIMEOUT_MS, milliseconds, "must be 1 to 18 digits: milliseconds")?;
+    let grpc = read(GRPC_TIMEOUT, crate::grpc::timeout, crate::grpc::TIMEOUT_FORM)?;
+    let timeout = [plain, grpc].into_iter().flatten().min();
+    Ok(timeout.and_then(|timeout| tokio::time::Instant::now().checked_add(timeout)))
+}
+
+fn milliseconds(text: &str) -> Option<Duration> {
+    let digits = (1..=18).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+    digits.then(|| text.parse().ok().map(Duration::from_millis))?
 }
 
 /// The client's own id, or one made here; the response carries it.

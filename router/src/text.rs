@@ -4,7 +4,9 @@
 //! candidate's tokens into text as they arrive: whole code points only, nothing past a stop string, and not one
 //! character later than these two rules ask for.
 
+mod bpe;
 mod decoder;
+mod split;
 mod stops;
 mod tokenizer;
 mod transcript;

@@ -342,8 +342,7 @@ fn cpu_seconds() -> f64 {
     nanoseconds as f64 / 1e9
 }
 
-/// Four times the text takes at most five times the time. One character over and over is one word, whose pairs are
-/// joined with a heap that outgrows the caches: five times on a quiet machine, seven on a busy one, and never sixteen.
+/// Four times the text takes at most five times the time, of one character over and over too, which is one word.
 #[test]
 fn tokenising_takes_time_in_proportion_to_the_text() {
     const BYTES: usize = 1 << 16;
@@ -353,13 +352,20 @@ fn tokenising_takes_time_in_proportion_to_the_text() {
     );
     let file = std::fs::read(file).expect("a fixture");
     let tokenizer = Tokenizer::load(&file, None, None).expect("Llama 3's kind");
-    // The count moves with the clock's ticks: it takes many runs.
+    assert!(tokenizer.is_own());
+    // The count moves with the clock's ticks, of a few milliseconds: it takes many runs.
     let seconds = |text: &str| {
-        let started = cpu_seconds();
-        for _ in 0..20 {
-            assert!(!tokenizer.encode(text, false).expect("text").is_empty());
+        let (started, mut runs) = (cpu_seconds(), 0);
+        loop {
+            for _ in 0..8 {
+                assert!(!tokenizer.encode(text, false).expect("text").is_empty());
+            }
+            runs += 8;
+            let took = cpu_seconds() - started;
+            if took > 0.08 {
+                break took / f64::from(runs);
+            }
         }
-        cpu_seconds() - started
     };
     let mut rng = rng("tokenising_takes_time_in_proportion_to_the_text");
     let mut words = String::new();
@@ -371,8 +377,7 @@ fn tokenising_takes_time_in_proportion_to_the_text() {
     let repeated = |unit: &str| unit.repeat(BYTES / unit.len());
     let pieces = ["7", "a "].map(repeated).into_iter().chain([words]);
     let one_word = ["a", "A", " ", "\n", "、", "あ", "🌸"].map(repeated);
-    let texts = pieces.map(|text| (text, 5.0));
-    for (text, most) in texts.chain(one_word.map(|text| (text, 10.0))) {
+    for text in pieces.chain(one_word) {
         let quarter = text.chars().count() / 4;
         let end = text.char_indices().nth(quarter).expect("long enough").0;
         let (mut short, mut long) = (f64::INFINITY, f64::INFINITY);
@@ -380,14 +385,14 @@ fn tokenising_takes_time_in_proportion_to_the_text() {
         for _ in 0..12 {
             short = short.min(seconds(&text[..end]));
             long = long.min(seconds(&text));
-            if long <= most * short {
+            if long <= 5.0 * short {
                 break;
             }
         }
         let name: String = text.chars().take(9).collect();
         println!("{name:?}: {:.1} times", long / short);
         assert!(
-            long <= most * short,
+            long <= 5.0 * short,
             "{name:?}: {short} s, and {long} s for four times as much"
         );
     }

@@ -1,5 +1,6 @@
 """Generated Python stubs against the main job: chat and generation, unary and streamed, health, errors, deadlines."""
 
+import json
 import re
 import time
 
@@ -140,3 +141,35 @@ def test_scores_are_the_sums_of_prompt_logprobs_over_one_context(stubs, channel)
     computed = answer.usage.prompt_tokens - answer.usage.cached_prompt_tokens
     n_tokens = sum(score.token_count for score in answer.scores)
     assert n_context > 200 and computed <= n_context + n_tokens + 16 * len(words), (n_context, n_tokens, answer.usage)
+
+
+def test_a_model_that_must_call_a_function_does(stubs, channel):
+    service = stubs.chat_grpc.ChatServiceStub(channel)
+    schema = {"type": "object", "properties": {"city": {"enum": ["東京", "Paris"]}}, "required": ["city"]}
+    tool = stubs.chat.Tool(name="weather", description="The weather of a city", parameters=json.dumps(schema))
+    question = stubs.chat.ChatMessage(role=stubs.chat.ROLE_USER, content="What is the weather in Paris?")
+    common = {
+        "model": "caller",
+        "messages": [question],
+        "tools": [tool],
+        "tool_choice": stubs.chat.ToolChoice(name="weather"),
+        "sampling": stubs.common.SamplingParams(temperature=1, seed=2),
+        "stop": stubs.common.StopCriteria(max_output_tokens=200),
+    }
+    candidate = service.Chat(stubs.chat.ChatRequest(**common), timeout=60).candidates[0]
+    assert candidate.finish.reason == stubs.common.FINISH_REASON_TOOL_CALLS
+    (call,) = candidate.message.tool_calls
+    assert call.name == "weather" and json.loads(call.arguments)["city"] in ("東京", "Paris")
+    events = service.StreamChat(stubs.chat.StreamChatRequest(chat=stubs.chat.ChatRequest(**common)), timeout=60)
+    pieces = [event.tool_call_delta for event in events if event.WhichOneof("event") == "tool_call_delta"]
+    assert pieces[0].id.startswith("call_") and pieces[0].name == "weather"
+    assert "".join(piece.arguments for piece in pieces) == call.arguments
+    # And the conversation goes on with what the function gave.
+    gave = stubs.chat.ChatMessage(role=stubs.chat.ROLE_TOOL, tool_call_id=call.id, content="sunny")
+    common |= {"messages": [question, candidate.message, gave], "tool_choice": None}
+    common["stop"] = stubs.common.StopCriteria(max_output_tokens=8)
+    more = service.Chat(stubs.chat.ChatRequest(**common), timeout=60)
+    assert more.usage.prompt_tokens > 0
+    with pytest.raises(grpc.RpcError) as error:
+        service.Chat(chat_request(stubs, tools=[tool]), timeout=60)
+    assert "template does not read tools" in error.value.details()

@@ -31,13 +31,18 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         number: 1,
         name: "A worker dies in the middle of streams",
-        made: "one of three workers is torn down with its sockets under 500 streams: greedy, seeded, two candidates, log-probabilities, stop tokens",
-        passes: "every stream is what it would have been, token for token; each moved once; the gap is below 1 s at p99; nothing is generated twice",
+        made: "one of three workers is torn down with its sockets under 500 streams; and, read through both fronts, under 150: greedy, seeded, two candidates, log-probabilities, stop strings, JSON schemas; real workers are killed with SIGKILL",
+        passes: "every stream is what it would have been, token for token and to the last character; each moved once, and is counted; the gap is below 1 s at p99; usage counts the prompt once; nothing is generated twice",
         tests: &[
             (
                 "dispatch",
                 "storms::five_hundred_streams_survive_one_of_three_workers",
             ),
+            (
+                "faults",
+                "resumes::what_clients_read_is_that_of_an_undisturbed_run",
+            ),
+            ("resume", "streams_of_a_killed_worker_go_on_bit_for_bit"),
             (
                 "dispatch",
                 "resume::a_started_stream_goes_on_elsewhere_when_its_replica_dies",
@@ -164,25 +169,41 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         number: 9,
         name: "A deadline passes",
-        made: "grpc-timeout of 300 ms in the queue, in prefill, in decode, for streams and unary calls; an engine that stands still",
-        passes: "over at 300 ms, 20 ms more or less; the worker is told; the status is DEADLINE_EXCEEDED",
+        made: "a timeout of 300 ms in the queue, in prefill, in decode, for streams and whole answers over gRPC and HTTP; an engine that stands still",
+        passes: "over at 300 ms, 20 ms more or less; the worker is told; the status is DEADLINE_EXCEEDED, or 504",
         tests: &[
             ("faults", "clients::a_deadline_is_kept_in_every_phase"),
             ("dispatch", "cancel::a_deadline_binds_in_the_queue"),
             ("dispatch", "cancel::a_deadline_binds_in_prefill"),
             ("dispatch", "cancel::a_deadline_binds_in_decode"),
             ("fronts", "grpc::errors::a_deadline_binds_the_whole_of_a_stream"),
+            (
+                "fronts",
+                "openai::waiting::a_clients_deadline_binds_the_whole_request",
+            ),
         ],
     },
     Fault {
         number: 10,
         name: "Bad input",
-        made: "damaged JSON and protobuf, huge and odd numbers, 100,000 nested brackets, 10,000 stop strings",
-        passes: "refused as what it is, in less than 10 ms of CPU each; no panic; the connection lives",
+        made: "damaged JSON and protobuf, huge and odd numbers, 100,000 nested brackets, 10,000 stop strings; sessions between router and worker with damaged, repeated, lost and invented frames, from either side",
+        passes: "refused as what it is, in less than 10 ms of CPU each; no panic; the connection lives; a peer that breaks the session protocol is named and left, others notice nothing, memory stays flat",
         tests: &[
             ("faults", "garbage::damaged_json_is_refused_and_costs_little"),
             ("faults", "garbage::damaged_protobuf_is_refused"),
             ("faults", "garbage::json_that_is_made_to_hurt_is_refused"),
+            (
+                "faults",
+                "liars::a_worker_that_sends_damaged_frames_is_left_and_the_others_serve",
+            ),
+            (
+                "faults",
+                "liars::a_frame_that_makes_no_sense_ends_its_session_by_name",
+            ),
+            (
+                "session",
+                "nonsense::damaged_frames_end_their_session_and_hurt_nobody",
+            ),
             ("text", "ten_thousand_overlapping_stop_strings_cost_one_pass"),
         ],
     },
@@ -240,7 +261,7 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         number: 15,
         name: "Clients that crawl",
-        made: "300 sockets with a byte now and then: request heads, bodies, HTTP/2 prefaces",
+        made: "3,000 sockets with a byte now and then: request heads, bodies, HTTP/2 prefaces; 400 TLS handshakes",
         passes: "each is cut in its time, a body's request with 408; others are served meanwhile",
         tests: &[
             (
@@ -250,6 +271,10 @@ pub const FAULTS: &[Fault] = &[
             ("faults", "slow::a_body_that_stops_is_answered_with_408"),
             (
                 "faults",
+                "slow::handshakes_that_crawl_are_cut_and_the_others_are_served",
+            ),
+            (
+                "faults",
                 "slow::a_kept_connection_may_idle_and_is_closed_in_its_time",
             ),
         ],
@@ -257,9 +282,15 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         number: 17,
         name: "Clocks that are wrong, or jump",
-        made: "no wall clock is read but for text; budgets travel as durations",
-        passes: "deadlines, rates and ages cannot be affected",
-        tests: &[("tidy", "nothing_that_decides_reads_a_wall_clock")],
+        made: "the program's wall clock is set an hour on and back, a year on, and to 1970, under a stream; no code that decides reads it",
+        passes: "deadlines, streams, sessions, probes and measured times are as ever",
+        tests: &[
+            (
+                "faults",
+                "clocks::a_wall_clock_that_jumps_changes_no_deadline_no_stream_and_no_count",
+            ),
+            ("tidy", "nothing_that_decides_reads_a_wall_clock"),
+        ],
     },
     Fault {
         number: 18,
@@ -397,12 +428,16 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         number: 26,
         name: "A session breaks after a submit and before its acceptance",
-        made: "the session is cut while the request waits at the worker; the same generation is submitted twice",
+        made: "the session is cut while a request waits at the worker, and at ten moments under 30 requests; the same generation is submitted twice",
         passes: "it is tried again as another attempt; no attempt runs twice",
         tests: &[
             (
                 "dispatch",
                 "faults::a_broken_session_is_made_again_and_its_requests_are_tried_again",
+            ),
+            (
+                "dispatch",
+                "faults::a_session_that_breaks_at_any_moment_runs_no_attempt_twice",
             ),
             ("session", "requests::a_generation_never_runs_twice"),
         ],
@@ -410,12 +445,18 @@ pub const FAULTS: &[Fault] = &[
     Fault {
         number: 27,
         name: "The router gets no processor time",
-        made: "the only thread of its runtime is taken",
-        passes: "liveness and readiness are answered within 50 ms by their own threads",
-        tests: &[(
-            "faults",
-            "process::probes_are_answered_while_the_runtime_stands_still",
-        )],
+        made: "the only thread of its runtime is taken; the program, under `ulimit -n 300`, gets 20 ms of each 100 ms, and 1,000 requests of 20 kB that it cannot serve",
+        passes: "liveness and readiness are answered within 50 ms by their own threads, with a fifth of a processor within 1 s; what is too much is refused, memory stays below 64 MiB, and all is as before afterwards",
+        tests: &[
+            (
+                "faults",
+                "process::probes_are_answered_while_the_runtime_stands_still",
+            ),
+            (
+                "faults",
+                "starved::with_a_fifth_of_a_processor_and_little_memory_it_sheds_and_lives",
+            ),
+        ],
     },
     Fault {
         number: 28,

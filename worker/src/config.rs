@@ -105,6 +105,8 @@ pub struct Config {
     pub kv_bytes: u64,
     /// On GPUs, instead of `kv_bytes`: the share of each GPU's memory that may be used.
     pub device_memory_percent: Option<u32>,
+    /// The longest step while a stream decodes.
+    pub inter_token_latency_target: Option<Duration>,
     /// Keep finished prefixes.
     pub prefix_cache: bool,
     /// Fill absent sampling values from the model's generation_config.json.
@@ -160,6 +162,10 @@ impl Config {
             block_tokens: args.block_tokens,
             kv_bytes: args.kv_bytes,
             device_memory_percent: args.device_memory_percent,
+            inter_token_latency_target: match args.inter_token_latency_target_ms {
+                0 => None,
+                ms => Some(Duration::from_millis(ms.into())),
+            },
             prefix_cache: args.prefix_cache == PrefixCache::On,
             generation_defaults: args.generation_defaults == GenerationDefaults::Auto,
             step_timeout: Duration::from_secs(args.step_timeout_seconds.into()),

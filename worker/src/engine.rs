@@ -23,7 +23,7 @@ use std::{
 };
 
 use swallow_rpc::worker::v1::{Finished, finished, load_report::Health, session_response::Frame};
-use swallow_schedule::{Input, Limits, Micros, Output, Scheduler, SeqId, Step, StepId};
+use swallow_schedule::{Input, Limits, Micros, Output, Pace, Scheduler, SeqId, Step, StepId};
 use tokio::{runtime::Handle, sync::mpsc};
 use tonic::Status;
 use tracing::warn;
@@ -65,6 +65,8 @@ pub struct Parts<R> {
     pub runner: R,
     /// Of scheduler and device.
     pub limits: Limits,
+    /// What bounds prefill beside decoding.
+    pub pace: Option<Pace>,
     /// Requests that may wait here while no slot is free.
     pub standing: u32,
     /// What Welcome says.
@@ -107,6 +109,8 @@ struct Flight {
     step: Step,
     /// When nothing but this step was left to compute: when it was launched, or when the one before it was done.
     begun: Instant,
+    /// How long it will take, as far as that is known.
+    predicted: Option<Micros>,
 }
 
 impl<R: Runner> Engine<R> {
@@ -122,9 +126,13 @@ impl<R: Runner> Engine<R> {
             max_waiting: most,
             ..parts.limits
         };
+        let mut scheduler = Scheduler::new(limits);
+        if let Some(pace) = parts.pace {
+            scheduler.set_pace(pace);
+        }
         Self {
             runner: parts.runner,
-            scheduler: Scheduler::new(limits),
+            scheduler,
             standing: parts.standing,
             facts: parts.facts,
             state: parts.state,
@@ -173,8 +181,7 @@ impl<R: Runner> Engine<R> {
     }
 
     fn at(&self, instant: Instant) -> Micros {
-        let since = instant.saturating_duration_since(self.epoch);
-        Micros(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+        micros(instant.saturating_duration_since(self.epoch))
     }
 
     /// Gives the runner the next step, if there is one.
@@ -186,44 +193,53 @@ impl<R: Runner> Engine<R> {
             return Err(self.fail(&step, &error.to_string()));
         }
         let begun = Instant::now();
-        self.flights.push_back(Flight { step, begun });
+        let predicted = self.scheduler.predict(&step);
+        self.flights.push_back(Flight {
+            step,
+            begun,
+            predicted,
+        });
         Ok(true)
     }
 
     /// Waits for the oldest launched step and records what came of it.
     fn finish(&mut self) -> Result<(), EngineError> {
-        let Some(Flight { step, begun }) = self.flights.pop_front() else {
+        let Some(flight) = self.flights.pop_front() else {
             return Ok(());
         };
         let result = match self.runner.finish() {
             Ok(result) => result,
-            Err(error) => return Err(self.fail(&step, &error.to_string())),
+            Err(error) => return Err(self.fail(&flight.step, &error.to_string())),
         };
         let now = Instant::now();
         if let Some(next) = self.flights.front_mut() {
             next.begun = now;
         }
-        self.count(&step, now.saturating_duration_since(begun), result.replayed);
-        self.last_step = step.id;
-        self.record(&step, result);
+        let took = now.saturating_duration_since(flight.begun);
+        self.scheduler.learn(&flight.step, micros(took));
+        self.count(&flight, took, &result);
+        self.last_step = flight.step.id;
+        self.record(&flight.step, result);
         Ok(())
     }
 
-    fn count(&mut self, step: &Step, took: Duration, replayed: bool) {
-        let decode = step
-            .works
+    fn count(&mut self, flight: &Flight, took: Duration, result: &StepResult) {
+        let works = &flight.step.works;
+        let decode = works
             .iter()
             .filter(|work| is_decode(&work.input, work.sample))
             .count();
         let decode = u32::try_from(decode).expect("a step is bounded by max_step_tokens");
-        let rows: u32 = step.works.iter().map(swallow_schedule::Work::rows).sum();
+        let rows: u32 = works.iter().map(swallow_schedule::Work::rows).sum();
         let prefill = rows - decode;
         self.rates.step(prefill, decode, took);
         self.metrics.step(StepDone {
             prefill,
             decode,
             took,
-            replayed,
+            predicted: flight.predicted.map(|micros| Duration::from_micros(micros.0)),
+            exchanged: result.exchanged,
+            replayed: result.replayed,
         });
     }
 
@@ -441,6 +457,10 @@ impl<R: Runner> Engine<R> {
         }
         self.sessions.send_step(self.last_step);
     }
+}
+
+fn micros(duration: Duration) -> Micros {
+    Micros(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX))
 }
 
 /// A row that continues a sequence whose prompt is done: its token is not the first, and it comes alone.

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use swallow_proto::launch::LogFormat;
 use swallow_worker::{
     bench,
     config::{Cli, Command},
@@ -18,7 +19,10 @@ fn main() -> ExitCode {
         Command::Serve(args) => {
             serve::run(*args).map_or_else(|error| ExitCode::from(error.exit_code()), |()| ExitCode::SUCCESS)
         }
-        Command::Bench(args) => report(bench::run(args)),
+        Command::Bench(args) => {
+            serve::init_log(LogFormat::Text, tracing::Level::WARN);
+            report(bench::run(args))
+        }
         Command::Fetch(args) => report(fetch::run(args)),
         Command::Kernels(args) => report(cuda::make_kernels(&args)),
         Command::MakeCheckpoint(args) => report(dummy::make_checkpoint(&args)),

@@ -4,6 +4,7 @@
 //! opens when the runner has done its warm-up step. One thread loads the model and then runs the loop on it. Written
 //! over `Runner`, so that the whole protocol is tested on a runner that fails on purpose.
 
+mod calibrate;
 mod compiler;
 mod error;
 mod facts;
@@ -79,7 +80,7 @@ pub struct Plan {
 /// # Errors
 /// It could not start, or it failed. Logged and left as the termination message already.
 pub fn run(args: WorkerArgs) -> Result<(), ServeError> {
-    init_log(args.log_format);
+    init_log(args.log_format, tracing::Level::INFO);
     let termination = TerminationLog::new(args.termination_log.clone());
     termination.on_panic();
     let outcome = run_on_runtime(args);
@@ -139,9 +140,10 @@ async fn listen(flag: &'static str, address: SocketAddr) -> Result<TcpListener, 
         })
 }
 
-fn init_log(format: LogFormat) {
+/// Logs to standard error what `RUST_LOG` names, or what is at least as important as `level`.
+pub fn init_log(format: LogFormat, level: tracing::Level) {
     let filter = tracing_subscriber::EnvFilter::builder()
-        .with_default_directive(tracing::Level::INFO.into())
+        .with_default_directive(level.into())
         .from_env_lossy();
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)

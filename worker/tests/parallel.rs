@@ -13,7 +13,7 @@ use support::{
     random_model::{Traits, llama3_scaling},
     spec, start,
 };
-use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
+use swallow_schedule::{BlockId, CostModel, Input, Micros, Pace, SeqId, Slot, Step, StepId, Work};
 use swallow_worker::{
     group::{Cause, Fault, FaultKind, Group, GroupError, GroupSpec, LoadProgress},
     sampling::SamplingParams,
@@ -84,6 +84,17 @@ fn results_do_not_depend_on_the_batch() {
                 "TP {tp}: steps of {chunk} rows"
             );
         }
+        engine.reset(512, false);
+        engine.scheduler.set_pace(Pace {
+            target: Micros(1),
+            rows_min: 13,
+            costs: CostModel::new(),
+        });
+        assert_eq!(
+            alone,
+            all(&engine.run(&requests, 1)),
+            "TP {tp}: prompts cut where decoding would wait"
+        );
         engine.reset(512, true);
         engine.run(&requests, 0);
         assert_eq!(alone, all(&engine.run(&requests, 3)), "TP {tp}: from the cache");
@@ -339,7 +350,8 @@ fn a_step_that_does_not_fit_is_refused_and_harms_nobody() {
         assert!(matches!(error, GroupError::Step(_)), "{error}");
         assert!(error.to_string().contains(want), "{error} does not say: {want}");
     }
-    assert_eq!(group.run(&one_row(3, 5)).expect("still fits"), before);
+    let after = group.run(&one_row(3, 5)).expect("still fits");
+    assert_eq!(after.sampled, before.sampled);
 }
 
 /// Weights that are not numbers end in an error at start, on whichever rank samples first.

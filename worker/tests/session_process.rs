@@ -198,6 +198,24 @@ async fn a_real_model_answers_over_the_wire_and_drains_on_sigterm() {
     }
     let (_, metrics) = worker.get("/metrics");
     assert!(metrics.contains("vllm:request_success_total{"), "{metrics}");
+    let count = |name: &str, kind: &str| -> f64 {
+        let of = |line: &&str| line.starts_with(name) && line.contains(kind);
+        let line = metrics
+            .lines()
+            .find(of)
+            .unwrap_or_else(|| panic!("{name} {kind} in {metrics}"));
+        let value = line.rsplit(' ').next().and_then(|value| value.parse().ok());
+        value.expect("a number")
+    };
+    let predicted = count("swallow_worker_step_prediction_error_count{", "kind=\"decode\"");
+    assert!(
+        predicted > 0.0,
+        "what steps cost was measured at the start, so every step is predicted"
+    );
+    assert_eq!(
+        predicted,
+        count("swallow_worker_step_seconds_count{", "kind=\"decode\"")
+    );
 
     worker.signal(Signal::SIGTERM);
     assert_eq!(worker.exit_code(), Some(0));

@@ -151,6 +151,9 @@ pub struct RouterArgs {
     /// Largest request body or message
     #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
     pub max_body_bytes: u32,
+    /// Tell clients what a model's tokenizer is made of, at /tokenizer_info: tokenizer_config.json and the chat template
+    #[arg(long)]
+    pub tokenizer_info: bool,
     /// At this age, a tenth more or less, a client is told to open a new connection, so that load spreads over routers
     /// that came later; 0 is never [default: 1800]
     #[arg(long, value_name = "SECONDS")]
@@ -209,6 +212,7 @@ impl RouterArgs {
         argv.flag("max-queued-bytes", self.max_queued_bytes);
         argv.flag("max-queue-seconds", self.max_queue_seconds);
         argv.flag("max-body-bytes", self.max_body_bytes);
+        argv.switch("tokenizer-info", self.tokenizer_info);
         argv.optional("max-connection-seconds", self.max_connection_seconds);
         argv.optional("connection-grace-seconds", self.connection_grace_seconds);
         argv.flag("shutdown-delay-seconds", self.shutdown_delay_seconds);
@@ -269,6 +273,7 @@ mod tests {
             api_keys: Some("/etc/swallow/keys.json".into()),
             shutdown_delay_seconds: 5,
             max_queued_bytes: 1 << 40,
+            tokenizer_info: true,
             log_format: LogFormat::Json,
             ..minimal
         };

@@ -118,6 +118,10 @@ pub struct WorkerArgs {
     /// Most tokens computed in one step, decode and prefill together
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub max_step_tokens: u32,
+    /// While a stream decodes, prompts get as much of each step as keeps the time between tokens below this, 128 tokens at
+    /// least; 0 sets no bound
+    #[arg(long, value_name = "MS", default_value_t = 50)]
+    pub inter_token_latency_target_ms: u32,
     /// Tokens in one block of keys and values
     #[arg(long, value_name = "TOKENS", default_value_t = 16)]
     pub block_tokens: u32,
@@ -175,6 +179,10 @@ impl WorkerArgs {
         argv.flag("max-running", self.max_running);
         argv.flag("max-waiting", self.max_waiting);
         argv.flag("max-step-tokens", self.max_step_tokens);
+        argv.flag(
+            "inter-token-latency-target-ms",
+            self.inter_token_latency_target_ms,
+        );
         argv.flag("block-tokens", self.block_tokens);
         argv.flag("kv-bytes", self.kv_bytes);
         argv.optional("device-memory-percent", self.device_memory_percent);
@@ -232,6 +240,7 @@ mod tests {
             tensor_parallel: 4,
             threads: Some(3),
             max_model_len: Some(8192),
+            inter_token_latency_target_ms: 0,
             kv_bytes: 1 << 40,
             device_memory_percent: Some(90),
             prefix_cache: PrefixCache::Off,

@@ -161,7 +161,7 @@ impl Reply {
                 queue_time,
                 ..Usage::default()
             },
-            meter: metrics.tokens(&entry.name),
+            meter: metrics.tokens(&entry.name, ask.share.name.as_ref()),
             run,
             uuid: ask.uuid,
             entry,
@@ -263,6 +263,7 @@ impl Reply {
                 self.usage.cached_tokens = cached_tokens;
                 self.metrics
                     .prompt(&self.entry.name, self.prompt.len(), cached_tokens);
+                self.meter.prompt(self.prompt.len());
                 self.ready.push_back(Piece::Started { cached_tokens });
             }
             Event::PromptScores(scores) => self.ready.push_back(Piece::PromptScores(scores)),

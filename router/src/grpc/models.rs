@@ -97,7 +97,10 @@ impl Services {
                     let why = "is for a text; a conversation is what the chat template makes of it";
                     return Err(Invalid::new("add_special_tokens", why).into());
                 }
-                Input::Chat(parse::conversation(conversation.messages, Map::new(), false)?)
+                let tools = parse::tools(conversation.tools)?;
+                let mut chat = parse::conversation(conversation.messages, Map::new(), false)?;
+                tools.show(&mut chat);
+                Input::Chat(chat)
             }
             None => return Err(Invalid::new("input", "is missing; give text or conversation").into()),
         };

@@ -10,7 +10,9 @@ use uuid::Uuid;
 
 use crate::{
     ask::{Grammar, Sampling},
+    calls::{self, Calls},
     generate::{Chat, Input, Invalid, Request, Stop, Unasked},
+    tools::{Choice, Tools, earlier_calls},
 };
 
 const MAX_REQUEST_ID_BYTES: usize = 128;
@@ -58,7 +60,26 @@ pub(super) fn generate(wire: wire::GenerateRequest, deadline: Option<Instant>) -
     .request(input, Unasked::Tokens(DEFAULT_TOKENS), deadline)
 }
 
-pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result<Request, Invalid> {
+/// A request, and what in its answers are calls.
+pub(super) struct Conversation {
+    pub request: Request,
+    pub callable: Callable,
+}
+
+/// Functions of these names, and so many calls of them at most.
+pub(super) struct Callable {
+    names: Vec<String>,
+    most: usize,
+}
+
+impl Callable {
+    /// What finds the calls of an answer; nobody, where none can be called.
+    pub(super) fn calls(&self) -> Option<Calls> {
+        (!self.names.is_empty()).then(|| Calls::new(&self.names, self.most))
+    }
+}
+
+pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result<Conversation, Invalid> {
     let args = wire
         .template_args
         .map(|args| object(args, 0))
@@ -83,8 +104,13 @@ pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result
             "is not served for conversations; use GenerationService",
         ));
     }
-    let input = Input::Chat(conversation(wire.messages, args, wire.continue_final_message)?);
-    Common {
+    let mut tools = tools(wire.tools)?;
+    if let Some(choice) = wire.tool_choice.map(tool_choice).transpose()? {
+        tools.choose(choice)?;
+    }
+    let mut chat = conversation(wire.messages, args, wire.continue_final_message)?;
+    tools.show(&mut chat);
+    let common = Common {
         model: wire.model,
         sampling: wire.sampling,
         stop: wire.stop,
@@ -92,8 +118,57 @@ pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result
         policy: wire.policy,
         candidate_count: wire.candidate_count,
         grammar: wire.grammar,
+    };
+    let mut request = common.request(Input::Chat(chat), Unasked::ContextEnd, deadline)?;
+    request.grammar = tools.grammar(request.grammar)?;
+    // Where calls are looked for, the token that marks them is text.
+    request.shown = (!tools.callable().is_empty()).then_some(calls::TAG);
+    Ok(Conversation {
+        request,
+        callable: Callable {
+            names: tools.callable().to_vec(),
+            most: if wire.single_tool_call { 1 } else { usize::MAX },
+        },
+    })
+}
+
+/// Functions as OpenAI writes them, which is what chat templates are made for.
+pub(super) fn tools(tools: Vec<wire::Tool>) -> Result<Tools, Invalid> {
+    let function = |(i, tool): (usize, wire::Tool)| {
+        let mut function = json!({"name": tool.name});
+        if !tool.description.is_empty() {
+            function["description"] = tool.description.into();
+        }
+        if !tool.parameters.is_empty() {
+            function["parameters"] = serde_json::from_str(&tool.parameters)
+                .map_err(|_| Invalid::new(format!("tools[{i}].parameters"), "must be a JSON schema"))?;
+        }
+        Ok(json!({"type": "function", "function": function}))
+    };
+    let list: Result<_, Invalid> = tools.into_iter().enumerate().map(function).collect();
+    Tools::new(list?).map_err(flat)
+}
+
+/// On this wire a function's fields are the tool's own.
+fn flat(invalid: Invalid) -> Invalid {
+    Invalid {
+        field: invalid.field.replace(".function.", ".").into(),
+        ..invalid
     }
-    .request(input, Unasked::ContextEnd, deadline)
+}
+
+fn tool_choice(wire: wire::ToolChoice) -> Result<Choice, Invalid> {
+    use wire::tool_choice::{Choice as Given, Mode};
+    let unknown = || Invalid::new("tool_choice", "must have a choice that this version knows");
+    match wire.choice.ok_or_else(unknown)? {
+        Given::Name(name) => Ok(Choice::Named(name)),
+        Given::Mode(mode) => match Mode::try_from(mode) {
+            Ok(Mode::Unspecified | Mode::Auto) => Ok(Choice::Auto),
+            Ok(Mode::None) => Ok(Choice::None),
+            Ok(Mode::Required) => Ok(Choice::Required),
+            Err(_) => Err(unknown()),
+        },
+    }
 }
 
 /// A conversation that the model is to go on with.
@@ -105,32 +180,52 @@ pub(super) fn conversation(
     if messages.is_empty() {
         return Err(Invalid::new("messages", "must have at least one message"));
     }
-    let message = |(i, message): (usize, wire::ChatMessage)| {
-        let role = match message.role() {
-            wire::Role::System => "system",
-            wire::Role::User => "user",
-            wire::Role::Assistant => "assistant",
-            wire::Role::Unspecified => {
-                return Err(Invalid::new(
-                    format!("messages[{i}].role"),
-                    "must be a role that this version knows",
-                ));
-            }
-        };
-        Ok(json!({"role": role, "content": message.content}))
-    };
-    let messages = messages
-        .into_iter()
-        .enumerate()
-        .map(message)
-        .collect::<Result<_, _>>()?;
+    let messages = messages.into_iter().enumerate().map(message);
     Ok(Chat {
-        messages,
+        messages: messages.collect::<Result<_, _>>()?,
         args,
         add_generation_prompt: !continue_final,
         continue_final,
         add_special: false,
     })
+}
+
+fn message((i, message): (usize, wire::ChatMessage)) -> Result<Value, Invalid> {
+    let role = match message.role() {
+        wire::Role::System => "system",
+        wire::Role::User => "user",
+        wire::Role::Assistant => "assistant",
+        wire::Role::Tool => "tool",
+        wire::Role::Unspecified => {
+            return Err(Invalid::new(
+                format!("messages[{i}].role"),
+                "must be a role that this version knows",
+            ));
+        }
+    };
+    let field = |name: &str| format!("messages[{i}].{name}");
+    let mut object = json!({"role": role, "content": message.content});
+    if !message.tool_calls.is_empty() {
+        if role != "assistant" {
+            return Err(Invalid::new(
+                field("tool_calls"),
+                "are for the assistant's messages",
+            ));
+        }
+        let call = |call: wire::ToolCall| {
+            json!({"id": call.id, "type": "function",
+                   "function": {"name": call.name, "arguments": call.arguments}})
+        };
+        let calls = message.tool_calls.into_iter().map(call).collect();
+        object["tool_calls"] = earlier_calls(&field("tool_calls"), calls).map_err(flat)?;
+    }
+    if !message.tool_call_id.is_empty() {
+        if role != "tool" {
+            return Err(Invalid::new(field("tool_call_id"), "is for a tool's messages"));
+        }
+        object["tool_call_id"] = message.tool_call_id.into();
+    }
+    Ok(object)
 }
 
 /// What both kinds of requests have.

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     ask::Score,
+    calls::Calls,
     generate::{Answer, Fault, Reply, Request, Usage},
     metrics::Call,
     models::ModelText,
@@ -100,14 +101,17 @@ impl Services {
         let deadline = deadline(request.metadata())?;
         let mut message = request.into_inner();
         let request_id = parse::request_id(std::mem::take(&mut message.request_id))?;
+        let parse::Conversation { request, callable } = parse::chat(message, deadline)?;
         let Whole {
             reply,
             answers,
             usage,
             ..
-        } = self.whole(parse::chat(message, deadline)?, call).await?;
-        let candidate =
-            |(i, answer)| write::chat_candidate(write::candidate(&reply.text.tokenizer, i, answer));
+        } = self.whole(request, call).await?;
+        let candidate = |(i, answer)| {
+            let candidate = write::candidate(&reply.text.tokenizer, i, answer);
+            write::chat_candidate(candidate, callable.calls())
+        };
         Ok(wire::ChatResponse {
             request_id,
             model: reply.model.clone(),
@@ -134,13 +138,16 @@ impl Services {
         &self,
         request: tonic::Request<wire::StreamChatRequest>,
         call: &mut Call,
-    ) -> Result<(Writer, Reply), Fault> {
+    ) -> Result<(Writer, Vec<Calls>, Reply), Fault> {
         let deadline = deadline(request.metadata())?;
         let wire::StreamChatRequest { chat, stream } = request.into_inner();
         let mut message = chat.ok_or_else(|| missing("chat"))?;
         let request_id = parse::request_id(std::mem::take(&mut message.request_id))?;
         let writer = writer(request_id, stream, false);
-        Ok((writer, self.open(parse::chat(message, deadline)?, call).await?))
+        let parse::Conversation { request, callable } = parse::chat(message, deadline)?;
+        let reply = self.open(request, call).await?;
+        let calls = (0..reply.candidates()).filter_map(|_| callable.calls()).collect();
+        Ok((writer, calls, reply))
     }
 }
 
@@ -185,6 +192,36 @@ fn messages(
                 Ok(None) => {
                     call.ended(Code::Ok);
                     yield Ok(writer.completed(&reply));
+                    break;
+                }
+                Err(fault) => {
+                    call.ended(fault.code());
+                    yield Err(status(&fault, field));
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// The messages of a conversation whose answers may have calls.
+fn messages_with_calls(
+    mut writer: Writer,
+    mut calls: Vec<Calls>,
+    mut reply: Reply,
+    mut call: Call,
+) -> impl Stream<Item = Result<wire::StreamChatResponse, Status>> + Send {
+    async_stream::stream! {
+        loop {
+            match reply.next().await {
+                Ok(Some(piece)) => {
+                    for message in writer.with_calls(&reply, &mut calls, piece) {
+                        yield Ok(message);
+                    }
+                }
+                Ok(None) => {
+                    call.ended(Code::Ok);
+                    yield Ok(write::chat_message(writer.completed(&reply)));
                     break;
                 }
                 Err(fault) => {
@@ -256,10 +293,13 @@ impl ChatService for Services {
     ) -> Result<Response<Self::StreamChatStream>, Status> {
         let mut call = self.call("StreamChat");
         match self.chatting(request, &mut call).await {
-            Ok((writer, reply)) => {
+            Ok((writer, calls, reply)) if calls.is_empty() => {
                 let messages = messages(writer, reply, call).map(|message| message.map(write::chat_message));
                 Ok(Response::new(Box::pin(messages)))
             }
+            Ok((writer, calls, reply)) => Ok(Response::new(Box::pin(messages_with_calls(
+                writer, calls, reply, call,
+            )))),
             Err(fault) => {
                 call.ended(fault.code());
                 Err(status(&fault, |name| within("chat", name)))

@@ -9,6 +9,7 @@ use swallow_rpc::inference::v1::{
 
 use crate::{
     ask::Score,
+    calls::{self, Calls, Heard},
     generate::{Answer, End, Piece, Reply, Spoken, Usage},
     text::Tokenizer,
 };
@@ -100,19 +101,46 @@ pub(super) fn candidate(
     }
 }
 
+/// A candidate of a conversation, with its calls where there may be any.
 pub(super) fn chat_candidate(
     candidate: wire::generate_response::Candidate,
+    calls: Option<Calls>,
 ) -> wire::chat_response::Candidate {
+    let (content, found) = match calls {
+        Some(calls) => calls.split(&candidate.text),
+        None => (candidate.text, Vec::new()),
+    };
+    let finish = candidate.finish.map(|finish| after_calls(finish, found.len()));
+    let call = |call: calls::Call| wire::ToolCall {
+        id: call.id,
+        name: call.name,
+        arguments: call.arguments,
+    };
     let message = wire::ChatMessage {
         role: wire::Role::Assistant.into(),
-        content: candidate.text,
+        content,
+        tool_calls: found.into_iter().map(call).collect(),
+        tool_call_id: String::new(),
     };
     wire::chat_response::Candidate {
         index: candidate.index,
         message: Some(message),
         token_ids: candidate.token_ids,
         logprobs: candidate.logprobs,
-        finish: candidate.finish,
+        finish,
+    }
+}
+
+/// Where an answer ends by itself and has calls, it ended for them.
+fn after_calls(finish: wire::Finish, n_calls: usize) -> wire::Finish {
+    let reason = match finish.reason() {
+        wire::FinishReason::Length => wire::FinishReason::Length,
+        _ if n_calls > 0 => wire::FinishReason::ToolCalls,
+        reason => reason,
+    };
+    wire::Finish {
+        reason: reason.into(),
+        ..finish
     }
 }
 
@@ -188,6 +216,103 @@ impl Writer {
     fn numbered(&mut self, event: stream::Event) -> StreamGenerateResponse {
         self.sequence += 1;
         StreamGenerateResponse {
+            sequence: self.sequence,
+            event: Some(event),
+        }
+    }
+}
+
+impl Writer {
+    /// The messages of a piece of a conversation whose answers may have calls; `calls` has a reader for each candidate.
+    pub(super) fn with_calls(
+        &mut self,
+        reply: &Reply,
+        calls: &mut [Calls],
+        piece: Piece,
+    ) -> Vec<wire::StreamChatResponse> {
+        match piece {
+            Piece::Delta {
+                candidate,
+                text,
+                tokens,
+            } => {
+                let calls = &mut calls[candidate as usize];
+                let (n_calls, heard) = (calls.n_calls(), calls.push(&text));
+                let mut heard = heard.into_iter().peekable();
+                let text = match heard.next_if(|heard| matches!(heard, Heard::Text(_))) {
+                    Some(Heard::Text(text)) => text,
+                    _ => String::new(),
+                };
+                // Of tokens whose text is withheld, or part of a call, there are ids and scores all the same.
+                let first = self.piece(
+                    reply,
+                    Piece::Delta {
+                        candidate,
+                        text,
+                        tokens,
+                    },
+                );
+                let mut messages: Vec<_> = first.into_iter().map(chat_message).collect();
+                messages.extend(self.heard(candidate, n_calls, heard));
+                messages
+            }
+            Piece::Finished { candidate, end } => {
+                let calls = &mut calls[candidate as usize];
+                let (n_calls, heard) = (calls.n_calls(), calls.finish());
+                let mut messages = self.heard(candidate, n_calls, heard.into_iter());
+                let finished = stream::CandidateFinished {
+                    index: candidate,
+                    finish: Some(after_calls(finish(end), calls.n_calls())),
+                };
+                messages.push(self.chat(stream_chat_response::Event::CandidateFinished(finished)));
+                messages
+            }
+            other => self.piece(reply, other).into_iter().map(chat_message).collect(),
+        }
+    }
+
+    /// What was heard of a candidate, which had `n_calls` calls before.
+    fn heard(
+        &mut self,
+        index: u32,
+        mut n_calls: usize,
+        heard: impl Iterator<Item = Heard>,
+    ) -> Vec<wire::StreamChatResponse> {
+        use stream_chat_response::{Event, ToolCallDelta};
+        let event = |heard| {
+            let mut delta = match heard {
+                Heard::Text(text) => {
+                    return Event::Delta(stream::Delta {
+                        index,
+                        text,
+                        ..stream::Delta::default()
+                    });
+                }
+                Heard::Call(name) => {
+                    n_calls += 1;
+                    ToolCallDelta {
+                        id: calls::new_id(),
+                        name,
+                        ..ToolCallDelta::default()
+                    }
+                }
+                Heard::Arguments(arguments) => ToolCallDelta {
+                    arguments,
+                    ..ToolCallDelta::default()
+                },
+            };
+            delta.index = index;
+            // Their number is bounded by the answer's tokens.
+            delta.call = n_calls.saturating_sub(1) as u32;
+            Event::ToolCallDelta(delta)
+        };
+        let events: Vec<Event> = heard.map(event).collect();
+        events.into_iter().map(|event| self.chat(event)).collect()
+    }
+
+    fn chat(&mut self, event: stream_chat_response::Event) -> wire::StreamChatResponse {
+        self.sequence += 1;
+        wire::StreamChatResponse {
             sequence: self.sequence,
             event: Some(event),
         }

@@ -160,6 +160,36 @@ impl Tokens {
     }
 }
 
+/// What each owner of API keys asks; nothing where nobody is told apart.
+pub(super) struct Tenants {
+    pub requests: IntCounterVec,
+    pub prompt: IntCounterVec,
+    pub output: IntCounterVec,
+}
+
+impl Tenants {
+    pub fn new(make: &Maker) -> Self {
+        const TENANT: &[&str] = &["tenant"];
+        Self {
+            requests: make.counter(
+                "tenant_requests_total",
+                "Requests that ended, by whose API key they came with and by canonical status code.",
+                &["tenant", "code"],
+            ),
+            prompt: make.counter(
+                "tenant_prompt_tokens_total",
+                "Prompt tokens of requests that started, by tenant.",
+                TENANT,
+            ),
+            output: make.counter(
+                "tenant_output_tokens_total",
+                "Tokens generated for clients, by tenant.",
+                TENANT,
+            ),
+        }
+    }
+}
+
 /// Waiting, and what is chosen.
 pub(super) struct Dispatch {
     pub queue_wait: HistogramVec,

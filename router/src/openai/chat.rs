@@ -4,31 +4,29 @@ use std::convert::Infallible;
 
 use axum::{
     Json,
-    body::Body,
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
 use futures::Stream;
 use serde::Serialize;
 use serde_json::{Map, Value};
-use uuid::Uuid;
 
 use super::{
     Api, Asked,
-    calls::{Calls, Heard},
     error::Problem,
     fields::Fields,
     known::Page,
     logprobs::{ChatLogprobs, Entries, Naming, RankedToken, prompt_logprobs},
     params::Common,
     render::{DONE, Head, StopReason, UsageAsked, UsageBody, ended, event, ids, one_event},
-    sse,
-    tools::{Tools, earlier_calls},
+    waiting,
 };
 use crate::{
     ask::Score,
-    generate::{Chat, Fault, Input, Invalid, Piece, Reply, Unasked},
+    calls::{self, Calls, Heard},
+    generate::{Chat, Fault, Input, Invalid, Piece, Reply, Request, Unasked},
     metrics::Call,
+    tools::{Choice as ToolChoice, Tools, earlier_calls},
 };
 
 const MAX_MESSAGES: usize = 4096;
@@ -108,16 +106,24 @@ struct Function {
 }
 
 impl ToolCall {
-    fn begun(name: String) -> Self {
+    fn whole(call: calls::Call) -> Self {
         Self {
             index: None,
-            id: Some(format!("call_{}", Uuid::new_v4().simple())),
+            id: Some(call.id),
             kind: Some("function"),
             function: Function {
-                name: Some(name),
-                arguments: String::new(),
+                name: Some(call.name),
+                arguments: call.arguments,
             },
         }
+    }
+
+    fn begun(name: String) -> Self {
+        Self::whole(calls::Call {
+            id: calls::new_id(),
+            name,
+            arguments: String::new(),
+        })
     }
 
     fn more(arguments: String) -> Self {
@@ -186,7 +192,10 @@ pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Re
     let prompt_top = common.prompt_logprobs;
     let prepared = api
         .door
-        .prepare(common.request(Input::Chat(chat), top, prompt_top))
+        .prepare(Request {
+            deadline: asked.deadline,
+            ..common.request(Input::Chat(chat), top, prompt_top)
+        })
         .await?;
     if let Some(call) = call {
         call.model(&prepared.entry.name);
@@ -202,13 +211,19 @@ pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Re
         callable: tools.callable().to_vec(),
         most_calls,
     };
-    let mut reply = api.door.start(prepared).await?;
     let response = if common.stream {
-        // The first piece decides the status: what fails before it is an error response, not a broken stream.
-        let first = reply.next().await?;
-        sse(Body::from_stream(stream(shape, reply, first, call.take())))
+        let door = api.door.clone();
+        let opening = async move {
+            let mut reply = door.start(prepared).await?;
+            let first = reply.next().await?;
+            Ok((reply, first))
+        };
+        waiting::stream(api, opening, call, |(reply, first), call| {
+            stream(shape, reply, first, call)
+        })
+        .await?
     } else {
-        whole(&shape, reply).await?
+        whole(&shape, api.door.start(prepared).await?).await?
     };
     Ok(ignored.named_in(response))
 }
@@ -225,8 +240,10 @@ struct Parsed {
 impl Parsed {
     fn read(fields: &mut Fields) -> Result<Self, Invalid> {
         let mut common = Common::read(fields, Unasked::ContextEnd)?;
-        let mut tools = Tools::read(fields)?;
-        tools.choose(fields)?;
+        let mut tools = tools(fields)?;
+        if let Some(choice) = tool_choice(fields)? {
+            tools.choose(choice)?;
+        }
         let mut chat = conversation(fields)?;
         tools.show(&mut chat);
         common.grammar = tools.grammar(common.grammar)?;
@@ -251,6 +268,33 @@ fn top(fields: &mut Fields) -> Result<Option<u32>, Invalid> {
         (false, _) => Ok(None),
         (true, top) => Ok(Some(top.unwrap_or(0))),
     }
+}
+
+/// Functions, here and in /tokenize.
+pub(super) fn tools(fields: &mut Fields) -> Result<Tools, Invalid> {
+    Tools::new(fields.array("tools")?.unwrap_or_default())
+}
+
+fn tool_choice(fields: &mut Fields) -> Result<Option<ToolChoice>, Invalid> {
+    let unknown = || {
+        let why = "must be none, auto, required, or {\"type\": \"function\", \"function\": {\"name\": ...}}";
+        Invalid::new("tool_choice", why)
+    };
+    let choice = match fields.take("tool_choice") {
+        None => return Ok(None),
+        Some(Value::String(choice)) => match choice.as_str() {
+            "none" => ToolChoice::None,
+            "auto" => ToolChoice::Auto,
+            "required" => ToolChoice::Required,
+            _ => return Err(unknown()),
+        },
+        Some(named) if named["type"] == "function" => {
+            let name = named["function"]["name"].as_str().ok_or_else(unknown)?;
+            ToolChoice::Named(name.to_owned())
+        }
+        Some(_) => return Err(unknown()),
+    };
+    Ok(Some(choice))
 }
 
 /// The conversation's own fields, here and in /tokenize.
@@ -561,20 +605,11 @@ impl Shape {
 
     /// An answer's text, and its calls.
     fn spoken(&self, text: String) -> (Option<String>, Vec<ToolCall>) {
-        let Some(calls) = &mut self.calls(1).pop() else {
+        let Some(calls) = self.calls(1).pop() else {
             return (Some(text), Vec::new());
         };
-        let mut heard = calls.push(&text);
-        heard.extend(calls.finish());
-        let (mut content, mut found) = (String::new(), Vec::<ToolCall>::new());
-        for what in heard {
-            match (what, found.last_mut()) {
-                (Heard::Text(more), _) => content += &more,
-                (Heard::Call(name), _) => found.push(ToolCall::begun(name)),
-                (Heard::Arguments(more), Some(call)) => call.function.arguments += &more,
-                (Heard::Arguments(_), None) => unreachable!("a call begins with its name"),
-            }
-        }
+        let (content, found) = calls.split(&text);
+        let found: Vec<ToolCall> = found.into_iter().map(ToolCall::whole).collect();
         let only_calls = content.is_empty() && !found.is_empty();
         ((!only_calls).then_some(content), found)
     }
@@ -635,6 +670,21 @@ impl Shape {
 mod tests {
     use super::*;
     use crate::openai::known::assert_reads;
+
+    #[test]
+    fn a_choice_of_tools_has_its_forms() {
+        let read = |choice: Value| {
+            let body = serde_json::json!({"tool_choice": choice}).to_string();
+            tool_choice(&mut Fields::parse(Page::Chat, body.as_bytes()).expect("an object"))
+        };
+        let named = serde_json::json!({"type": "function", "function": {"name": "f"}});
+        assert_eq!(read(named), Ok(Some(ToolChoice::Named("f".into()))));
+        assert_eq!(read("required".into()), Ok(Some(ToolChoice::Required)));
+        assert_eq!(read(Value::Null), Ok(None));
+        for bad in ["some".into(), 1.into(), serde_json::json!({"type": "function"})] {
+            assert_eq!(read(bad).expect_err("no choice").field, "tool_choice");
+        }
+    }
 
     #[test]
     fn what_is_served_is_read() {

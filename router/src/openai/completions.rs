@@ -6,7 +6,6 @@ use std::{collections::BTreeMap, convert::Infallible, sync::Arc};
 
 use axum::{
     Json,
-    body::Body,
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -23,11 +22,11 @@ use super::{
     logprobs::{Entries, Naming, RankedToken, TextLogprobs, prompt_logprobs},
     params::Common,
     render::{DONE, Head, StopReason, UsageAsked, UsageBody, ended, event, ids as spoken_ids, one_event},
-    sse,
+    waiting,
 };
 use crate::{
     ask::Score,
-    generate::{Answer, Fault, Input, Invalid, Piece, Prepared, Reply, Unasked, Usage},
+    generate::{Answer, Fault, Input, Invalid, Piece, Prepared, Reply, Request, Unasked, Usage},
     metrics::Call,
     models::ModelText,
     text::{StopSet, Transcript, Wording},
@@ -130,7 +129,11 @@ pub(super) async fn completions(
         } else {
             None
         };
-        let prepared = api.door.prepare(common.request(input, top, prompt_top)).await?;
+        let request = Request {
+            deadline: asked.deadline,
+            ..common.request(input, top, prompt_top)
+        };
+        let prepared = api.door.prepare(request).await?;
         ones.push(One {
             index,
             prepared,
@@ -161,13 +164,11 @@ pub(super) async fn completions(
     let response = if common.stream {
         let shape = Arc::new(shape);
         let mut pieces = Box::pin(pieces(api.clone(), Arc::clone(&shape), ones));
-        // The first piece decides the status.
-        let first = pieces.next().await.transpose()?;
-        sse(Body::from_stream(events(
-            shape,
-            stream::iter(first.map(Ok)).chain(pieces),
-            call.take(),
-        )))
+        let opening = async move {
+            let first = pieces.next().await.transpose()?;
+            Ok(stream::iter(first.map(Ok)).chain(pieces))
+        };
+        waiting::stream(api, opening, call, |pieces, call| events(shape, pieces, call)).await?
     } else {
         whole(api, &shape, ones).await?
     };
@@ -202,6 +203,9 @@ fn prompts(fields: &mut Fields, add_special: bool) -> Result<Vec<Input>, Invalid
         text: text.to_owned(),
         add_special,
     };
+    if let Some(ids) = fields.prompt_ids().filter(|ids| !ids.is_empty()) {
+        return Ok(vec![Input::Tokens(ids)]);
+    }
     let prompts = match fields.take("prompt") {
         Some(Value::String(one)) => Some(vec![text(&one)]),
         Some(Value::Array(items)) => match items.first() {

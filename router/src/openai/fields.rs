@@ -5,7 +5,10 @@
 
 use serde_json::{Map, Number, Value};
 
-use super::known::{Fate, Page, known};
+use super::{
+    body::{Body, PROMPT},
+    known::{Fate, Page, known},
+};
 use crate::generate::Invalid;
 
 /// The fields of a request that were not read yet.
@@ -13,6 +16,8 @@ use crate::generate::Invalid;
 pub(super) struct Fields {
     page: Page,
     left: Map<String, Value>,
+    /// The prompt, where it is token ids.
+    prompt: Option<Vec<u32>>,
     /// Names inside of a field that was read, which nobody knows.
     unknown: Vec<String>,
     /// What was asked for, there or not.
@@ -25,6 +30,12 @@ type Taken<T> = Result<Option<T>, Invalid>;
 impl Fields {
     /// From the body of a request to `page`.
     pub(super) fn parse(page: Page, body: &[u8]) -> Result<Self, Invalid> {
+        if let Ok(Body { fields, ids }) = serde_json::from_slice(body) {
+            return Ok(Self {
+                prompt: ids,
+                ..Self::of(page, fields)
+            });
+        }
         match serde_json::from_slice(body) {
             Ok(Value::Object(fields)) => Ok(Self::of(page, fields)),
             Ok(_) => Err(Invalid::new("body", "must be a JSON object")),
@@ -36,6 +47,7 @@ impl Fields {
         Self {
             page,
             left,
+            prompt: None,
             unknown: Vec::new(),
             #[cfg(test)]
             asked_for: Vec::new(),
@@ -59,7 +71,15 @@ impl Fields {
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
         #[cfg(test)]
         self.asked_for.push(name.to_owned());
+        if let Some(ids) = self.prompt.take_if(|_| name == PROMPT) {
+            return Some(ids.into());
+        }
         self.left.shift_remove(name).filter(|value| !value.is_null())
+    }
+
+    /// The prompt, if it is a list of token ids and nothing else; otherwise it is a field like any other.
+    pub(super) fn prompt_ids(&mut self) -> Option<Vec<u32>> {
+        self.prompt.take()
     }
 
     pub(super) fn bool(&mut self, name: &'static str) -> Taken<bool> {
@@ -127,7 +147,10 @@ impl Fields {
     }
 
     /// What is left: refuses what is known and not served, and gives the names of what nobody knows.
-    pub(super) fn finish(self) -> Result<Vec<String>, Invalid> {
+    pub(super) fn finish(mut self) -> Result<Vec<String>, Invalid> {
+        if let Some(ids) = self.prompt.take() {
+            self.left.insert(PROMPT.to_owned(), ids.into());
+        }
         let mut names = Vec::new();
         for (name, value) in self.left.into_iter().filter(|(_, value)| !value.is_null()) {
             match known(self.page, &name).map(|known| (known.name, known.fate, known.note)) {

@@ -410,6 +410,22 @@ Written from the router's own table by its tests; `SWALLOW_UPDATE_GOLDENS=1 carg
 anew. What is refused is refused with 400 and the reason, unless its value asks for nothing (null, false, empty, or as
 listed). A field that is not listed is ignored, named in the response header `x-swallow-ignored-fields`, and counted in
 `swallow_router_ignored_fields_total`.
+
+## Headers
+
+| header | of | |
+|---|---|---|
+| `x-request-timeout-ms` | requests | how long the client waits, in milliseconds: it binds the whole request, in the queue and at the worker, streams too; then 504, or where a stream has begun an error as its last event |
+| `grpc-timeout` | requests | the same in gRPC's form, as `300m`, for gateways that translate; the sooner of both counts |
+| `x-request-id` | both | names a request: the client's own, or one made here |
+| `x-swallow-ignored-fields` | responses | fields that nobody knows |
+| `retry-after` | responses | with 429 and 503: when to come again |
+
+A stream whose first token takes longer than 15 s begins without it: status 200, and a comment, `: waiting`, each 15 s, so
+that proxies keep the connection. An error is then the stream's last event.
+
+`GET /tokenizer_info` gives, where the router runs with `--tokenizer-info`, what tokenizer_config.json says and the chat
+template in use, in vLLM's shape; `?model=` picks one of several models.
 ";
 
     fn table() -> String {

@@ -2,9 +2,10 @@
 
 use serde_json::Value;
 
-use super::{calls, fields::Fields, format, render::UsageAsked};
+use super::{fields::Fields, format, render::UsageAsked};
 use crate::{
     ask::{Grammar, Sampling},
+    calls,
     generate::{Input, Invalid, Request, Stop, Unasked},
 };
 

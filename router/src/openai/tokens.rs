@@ -2,15 +2,27 @@
 
 use axum::{
     Json,
+    extract::{Query, State},
     response::{IntoResponse, Response},
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::{Api, Asked, chat::conversation, error::Problem, fields::Fields, known::Page, tools::Tools};
-use crate::{
-    generate::{Input, Invalid},
-    metrics::Call,
+use super::{
+    Api, Asked,
+    chat::{conversation, tools},
+    error::Problem,
+    fields::Fields,
+    known::Page,
 };
+use crate::{
+    generate::{Fault, Input, Invalid},
+    metrics::Call,
+    models,
+};
+
+/// Of a tokenizer.json without a tokenizer_config.json that says more.
+const DEFAULT_CLASS: &str = "PreTrainedTokenizerFast";
 
 #[derive(Serialize)]
 struct Tokens {
@@ -43,7 +55,7 @@ impl ToTokenize {
                     add_special: fields.bool("add_special_tokens")?.unwrap_or(true),
                 },
                 None => {
-                    let tools = Tools::read(fields)?;
+                    let tools = tools(fields)?;
                     let mut chat = conversation(fields)?;
                     tools.show(&mut chat);
                     Input::Chat(chat)
@@ -121,6 +133,38 @@ pub(super) async fn detokenize(
         prompt: String::from_utf8_lossy(&bytes).into_owned(),
     };
     Ok(ignored.named_in(Json(body).into_response()))
+}
+
+/// Which model, where there are several.
+#[derive(Deserialize)]
+pub(super) struct Which {
+    #[serde(default)]
+    model: String,
+}
+
+/// What a model's tokenizer is made of, in vLLM's shape, where the operator lets it be told.
+pub(super) async fn tokenizer_info(
+    State(api): State<Api>,
+    Query(Which { model }): Query<Which>,
+) -> Result<Response, Problem> {
+    if !api.settings.tokenizer_info {
+        let why = "/tokenizer_info is not served here; start the router with --tokenizer-info";
+        return Err(Problem::NoRoute(why.into()));
+    }
+    let entry = api.door.model(&model)?;
+    // Refused as elsewhere where there are no files, or none that give a tokenizer.
+    api.door.text(&entry).await?;
+    let files = entry.files.as_deref().expect("a text is read from files");
+    let mut info = models::tokenizer_config(files).map_err(|error| Fault::Model {
+        model: entry.name.clone(),
+        why: error.to_string(),
+    })?;
+    // Clients want to find it.
+    let class = info.entry("tokenizer_class").or_insert(Value::Null);
+    if !class.is_string() {
+        *class = DEFAULT_CLASS.into();
+    }
+    Ok(Json(info).into_response())
 }
 
 #[cfg(test)]

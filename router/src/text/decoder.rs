@@ -150,7 +150,7 @@ pub(super) struct ByteLevel {
 
 impl ByteLevel {
     /// Printable Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 and up.
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
         let mut stand_in = 0x100..;
         let byte = (0..=u8::MAX)
@@ -167,8 +167,12 @@ impl ByteLevel {
     }
 
     fn bytes(&self, token: &str) -> Vec<u8> {
-        let mapped: Option<Vec<u8>> = token.chars().map(|c| self.byte.get(&c).copied()).collect();
-        mapped.unwrap_or_else(|| token.as_bytes().to_vec())
+        self.exact(token).unwrap_or_else(|| token.as_bytes().to_vec())
+    }
+
+    /// The bytes of a token that is made of these characters alone.
+    pub(super) fn exact(&self, token: &str) -> Option<Vec<u8>> {
+        token.chars().map(|c| self.byte.get(&c).copied()).collect()
     }
 }
 

@@ -1,4 +1,5 @@
-//! A model's tokenizer: text to ids through the `tokenizers` library, ids to bytes through a table of our own.
+//! A model's tokenizer: text to ids through `Bpe` where the model's file allows that, and else through the `tokenizers`
+//! library; ids to bytes through a table of our own.
 //!
 //! The table is exact for every id: a token cut inside a character keeps its bytes, an id that the vocabulary does
 //! not know has none. A text never begins with two beginning-of-sequence tokens unless its author wrote both.
@@ -8,7 +9,10 @@ use std::{collections::HashMap, fmt};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::decoder::{Decoder, UnsupportedDecoder};
+use super::{
+    bpe::Bpe,
+    decoder::{Decoder, UnsupportedDecoder},
+};
 
 /// A tokenizer that can't be used, or a text it can't read.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +56,8 @@ struct Sections {
 /// One model's vocabulary, both ways. Immutable; shared by all requests.
 pub struct Tokenizer {
     library: tokenizers::Tokenizer,
+    /// The same ids, sooner.
+    bpe: Option<Bpe>,
     /// The bytes of all tokens one after another; token i ends at `ends[i]`.
     bytes: Vec<u8>,
     ends: Vec<u32>,
@@ -97,7 +103,9 @@ impl Tokenizer {
         } else {
             NORMALIZER_SHRINK
         };
+        let bpe = Bpe::read(json, &library);
         let mut this = Self::with_table(library, &decoder, shrink)?;
+        this.bpe = bpe;
         this.bos = bos.and_then(|text| this.find_bos(text, add_bos));
         Ok(this)
     }
@@ -155,6 +163,7 @@ impl Tokenizer {
             strip_start: decoder.strip_start(),
             bytes_per_token: longest * shrink,
             bos: None,
+            bpe: None,
             library,
         })
     }
@@ -174,11 +183,14 @@ impl Tokenizer {
     /// The ids of `text`. With `add_special`, what the model expects around a text is added: one
     /// beginning-of-sequence token where it has one, and none where the text itself begins with it.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self
-            .library
-            .encode_fast(text, add_special)
-            .map_err(|e| TokenizerError::Encode(e.to_string()))?;
-        let mut ids = encoding.get_ids().to_vec();
+        let mut ids = match &self.bpe {
+            Some(bpe) => bpe.encode(text, add_special),
+            None => {
+                let encoding = self.library.encode_fast(text, add_special);
+                let encoding = encoding.map_err(|e| TokenizerError::Encode(e.to_string()))?;
+                encoding.get_ids().to_vec()
+            }
+        };
         if let (true, Some(bos)) = (add_special, &self.bos) {
             let written = text.starts_with(&bos.text);
             match (bos.by_processor, bos.wanted && !written) {
@@ -188,6 +200,11 @@ impl Tokenizer {
             }
         }
         Ok(ids)
+    }
+
+    /// Whether texts are encoded here, in time linear in their length, and not by the library.
+    pub fn is_own(&self) -> bool {
+        self.bpe.is_some()
     }
 
     /// A text of so many bytes has at least so many tokens: known without reading it.

@@ -127,6 +127,41 @@ async fn a_broken_session_is_made_again_and_its_requests_are_tried_again() {
     house.settles(64).await;
 }
 
+/// Requests that were not sent, that wait, that run and that are done, whichever there are when the session breaks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_breaks_at_any_moment_runs_no_attempt_twice() {
+    const REQUESTS: u32 = 30;
+    let mut again = 0;
+    for breaks_after in (1..=u64::from(REQUESTS)).step_by(3) {
+        let worker = worker_with(|config| (config.max_running, config.credits) = (4, 12));
+        let house = house(&[&worker], |_| {}).await;
+        let asks: Vec<Ask> = (0..REQUESTS).map(|i| ask([i, 5, 7], 12)).collect();
+        let runs = asks.iter().map(|asked| {
+            let (dispatcher, asked) = (house.dispatcher.clone(), asked.clone());
+            tokio::spawn(async move { answer(dispatcher.generate(asked).await.expect("accepted")).await })
+        });
+        let runs: Vec<_> = runs.collect();
+        worker
+            .until("so many were sent", |seen| seen.requests >= breaks_after)
+            .await;
+        worker.break_sessions();
+        for (asked, run) in asks.iter().zip(runs) {
+            let answer = run.await.expect("no panic").expect("tried again");
+            assert_eq!(answer.tokens[&0], expected(asked, 0));
+        }
+        let seen = worker.seen();
+        assert_eq!(seen.duplicates, 0, "never the same attempt twice");
+        assert!(
+            seen.attempts.iter().all(|&attempt| attempt <= 1),
+            "{:?}",
+            seen.attempts
+        );
+        again += seen.attempts.iter().filter(|&&attempt| attempt == 1).count();
+        house.settles(12).await;
+    }
+    assert!(again >= 10, "{again} were tried again");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_goes_away_finishes_its_streams_and_gets_no_new_ones() {
     let mut workers = [worker(), worker()];

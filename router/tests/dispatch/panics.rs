@@ -53,6 +53,15 @@ fn fragile(worker: &MockWorker, observer: &Arc<Fragile>) -> (Dispatcher, Supervi
     Dispatcher::start(config(), Fixed(set), Arc::clone(observer) as Arc<dyn Observer>)
 }
 
+async fn ready(dispatcher: &Dispatcher) {
+    until("a replica is ready", || {
+        dispatcher
+            .model("m")
+            .is_some_and(|entry| entry.ready_replicas == 1)
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session() {
     let worker = worker();
@@ -61,7 +70,8 @@ async fn a_session() {
         ..Fragile::default()
     });
     let (dispatcher, supervisor) = fragile(&worker, &observer);
-    // The first load report comes with the first request at the latest.
+    // A model that discovery has not told of yet is refused. The worker reports its load with the first step.
+    ready(&dispatcher).await;
     let generation = tokio::spawn(async move { dispatcher.generate(ask([1], 500)).await });
     let seen = panicked(&supervisor).await;
     assert_eq!(seen.task, format!("session with {}", worker.address));
@@ -73,12 +83,7 @@ async fn a_decision_that_a_request_was_making() {
     let worker = worker();
     let observer = Arc::new(Fragile::default());
     let (dispatcher, supervisor) = fragile(&worker, &observer);
-    until("a replica is ready", || {
-        dispatcher
-            .model("m")
-            .is_some_and(|entry| entry.ready_replicas == 1)
-    })
-    .await;
+    ready(&dispatcher).await;
     observer.on_choice.store(true, Ordering::Release);
     let request = tokio::spawn({
         let dispatcher = dispatcher.clone();

@@ -66,12 +66,15 @@ fn client(house: &House, via: Via, timeout: Option<&'static str>) -> BoxFuture<'
                 let body = serde_json::json!({
                     "model": "m", "prompt": "hello", "max_tokens": 10_000, "stream": via != Via::Http,
                 });
-                let headers = "content-type: application/json\r\n";
+                let headers = match timeout {
+                    Some(timeout) => format!("grpc-timeout: {timeout}\r\n"),
+                    None => String::new(),
+                };
                 let mut stream = http::send(
                     http_address,
                     "POST",
                     "/v1/completions",
-                    headers,
+                    &headers,
                     &body.to_string(),
                 )
                 .await;
@@ -166,7 +169,7 @@ async fn a_deadline_is_kept_in_every_phase() {
         let worker = keeps_in(phase);
         let house = house(&[&worker], |_| {}).await;
         let credits = house.dispatcher.counts().credits;
-        for via in [Via::GrpcStream, Via::GrpcUnary] {
+        for via in [Via::GrpcStream, Via::GrpcUnary, Via::Sse, Via::Http] {
             let mut best = Duration::MAX;
             for _ in 0..TRIES {
                 let before = worker.seen();

@@ -1,15 +1,11 @@
 //! Bodies that are no requests: random ones, damaged ones, and those made to hurt. Each is refused for what it is, by a
 //! router that goes on.
 
-use bytes::{Buf, BufMut};
 use serde_json::{Value, json};
 use swallow_rpc::worker::v1::finished::Reason;
-use tonic::{
-    Code, Status,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-};
+use tonic::Code;
 
-use super::{support, *};
+use super::{raw::Raw, support, *};
 
 const ROUNDS: usize = 600;
 
@@ -200,43 +196,6 @@ async fn a_prompt_that_is_too_large_is_refused_before_it_is_tokenised() {
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(status.message().contains("32768"), "{status}");
     assert_eq!(worker.seen().requests, 1);
-}
-
-/// Bytes as they are.
-#[derive(Clone, Copy, Default)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Vec<u8>;
-    type Decode = Vec<u8>;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        *self
-    }
-    fn decoder(&mut self) -> Self {
-        *self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn encode(&mut self, item: Vec<u8>, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        to.put_slice(&item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Vec<u8>>, Status> {
-        Ok(Some(from.copy_to_bytes(from.remaining()).to_vec()))
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

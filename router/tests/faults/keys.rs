@@ -123,6 +123,59 @@ async fn keys_change_and_no_stream_is_dropped() {
     house.settles(64).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_tenant_asks_is_counted_under_its_name() {
+    let digest = |key: &str| -> String {
+        Sha256::digest(key)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
+    };
+    let entry = |key: &str, tenant: &str| format!(r#"{{"sha256": "{}", "tenant": "{tenant}"}}"#, digest(key));
+    let entries = [entry("a1", "sales"), entry("a2", "sales"), entry("b", "研究")].join(",");
+    let file = KeysFile::new(&format!(r#"{{"keys": [{entries}]}}"#));
+    let loaded = ApiKeys::load(&file.0).expect("sound");
+    let worker = worker(|_| {});
+    let house = house_of([worker.address].into_iter(), |_| {}, Some(&loaded), None).await;
+    let mut client = house.channel().await;
+    for (key, tokens) in [("a1", 3), ("a2", 4), ("b", 5)] {
+        let asked = asked("prompt", tokens);
+        client.generate(with_key(key, asked)).await.expect("let in");
+    }
+    let stream = wire::StreamGenerateRequest {
+        generate: Some(asked("prompt", 6)),
+        stream: None,
+    };
+    let stream = client
+        .stream_generate(with_key("b", stream))
+        .await
+        .expect("let in");
+    let mut stream = stream.into_inner();
+    while stream.message().await.expect("no fault").is_some() {}
+    client
+        .generate(with_key("b", asked("prompt", 1_000_000)))
+        .await
+        .expect_err("too long");
+    client.generate(asked("p", 1)).await.expect_err("no key");
+    for (tenant, series, count) in [
+        ("sales", "output_tokens_total", 7.0),
+        ("sales", "prompt_tokens_total", 12.0),
+        ("研究", "output_tokens_total", 11.0),
+        ("研究", "prompt_tokens_total", 12.0),
+    ] {
+        let series = format!("swallow_router_tenant_{series}{{tenant=\"{tenant}\"}}");
+        until(&series, || house.metric(&series) == count).await;
+    }
+    for (tenant, code, count) in [
+        ("sales", "OK", 2.0),
+        ("研究", "OK", 2.0),
+        ("研究", "INVALID_ARGUMENT", 1.0),
+    ] {
+        let series = format!("swallow_router_tenant_requests_total{{code=\"{code}\",tenant=\"{tenant}\"}}");
+        until(&series, || house.metric(&series) == count).await;
+    }
+}
+
 /// The text in a message.
 fn delta(message: Option<wire::StreamGenerateResponse>) -> String {
     match message.and_then(|message| message.event) {

@@ -2,15 +2,20 @@
 //! runs out of what it has.
 
 mod clients;
+mod clocks;
 mod floods;
 mod garbage;
 mod keys;
+mod liars;
 #[path = "../support/mock_worker.rs"]
 mod mock_worker;
 mod process;
+mod raw;
+mod resumes;
 #[path = "../dispatch/shim.rs"]
 mod shim;
 mod slow;
+mod starved;
 #[path = "../support/mod.rs"]
 mod support;
 mod tls;
@@ -88,15 +93,29 @@ async fn house_of(
     keys: Option<&ApiKeys>,
     tls: Option<&Certificate>,
 ) -> House {
-    let set: Vec<Replica> = replicas
-        .map(|address| Replica {
-            id: address.to_string(),
-            incarnation: String::new(),
-            served_names: vec!["m".into()],
-            address: address.to_string(),
-        })
-        .collect();
-    let n_replicas = set.len();
+    house_serving(
+        replicas.map(|address| (address, "m")).collect(),
+        change,
+        keys,
+        tls,
+    )
+    .await
+}
+
+/// Replicas, and the model that each serves.
+async fn house_serving(
+    replicas: Vec<(SocketAddr, &str)>,
+    change: impl Fn(&mut Limits),
+    keys: Option<&ApiKeys>,
+    tls: Option<&Certificate>,
+) -> House {
+    let replica = |&(address, model): &(SocketAddr, &str)| Replica {
+        id: address.to_string(),
+        incarnation: String::new(),
+        served_names: vec![model.into()],
+        address: address.to_string(),
+    };
+    let set: Vec<Replica> = replicas.iter().map(replica).collect();
     let metrics = Arc::new(Metrics::new());
     let config = DispatchConfig {
         router_id: "test".into(),
@@ -151,13 +170,10 @@ async fn house_of(
         shutdown,
         _supervisor: supervisor,
     };
-    until("the replicas are ready", || {
-        house
-            .dispatcher
-            .model("m")
-            .is_some_and(|entry| entry.ready_replicas == n_replicas)
-    })
-    .await;
+    for (_, model) in &replicas {
+        let n_replicas = replicas.iter().filter(|(_, other)| other == model).count();
+        house.are_ready(model, n_replicas).await;
+    }
     house
 }
 
@@ -173,6 +189,11 @@ impl House {
             ..self.dispatcher.counts()
         };
         until(&format!("nothing is held; {:?}", held()), || held() == rest).await;
+    }
+
+    async fn are_ready(&self, model: &str, n_replicas: usize) {
+        let ready = || self.dispatcher.model(model).map(|entry| entry.ready_replicas);
+        until("the replicas are ready", || ready() == Some(n_replicas)).await;
     }
 
     async fn channel(&self) -> GenerationServiceClient<Channel> {

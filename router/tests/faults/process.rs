@@ -10,12 +10,12 @@ use futures::StreamExt;
 use super::{support::http::get, *};
 
 /// The program, ended with the test.
-struct Router {
-    child: Child,
+pub struct Router {
+    pub child: Child,
     log: Option<BufReader<ChildStderr>>,
-    http: SocketAddr,
-    grpc: SocketAddr,
-    probes: SocketAddr,
+    pub http: SocketAddr,
+    pub grpc: SocketAddr,
+    pub probes: SocketAddr,
 }
 
 impl Drop for Router {
@@ -27,7 +27,7 @@ impl Drop for Router {
 }
 
 /// Starts it after some words of a shell, such as limits.
-fn start(shell: &str, rust_log: &str, args: &[&str]) -> Router {
+pub fn start(shell: &str, rust_log: &str, args: &[&str]) -> Router {
     let program = env!("CARGO_BIN_EXE_swallow-router");
     let mut child = Command::new("sh")
         .args(["-c", &format!("{shell} exec \"$0\" \"$@\""), program])
@@ -77,12 +77,12 @@ impl Router {
     }
 
     /// Its log goes nowhere from now on, as fast as it comes.
-    fn drain_log(&mut self) {
+    pub fn drain_log(&mut self) {
         let mut log = self.log.take().expect("not taken");
         std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
     }
 
-    async fn is_ready(&self, model: &str) {
+    pub async fn is_ready(&self, model: &str) {
         let ready = async {
             while !get(self.http, "/readyz")
                 .await
@@ -99,7 +99,7 @@ impl Router {
 }
 
 /// One probe, from a thread that has nothing else to do.
-fn probe(address: SocketAddr, path: &str) -> (Duration, String) {
+pub fn probe(address: SocketAddr, path: &str) -> (Duration, String) {
     let began = std::time::Instant::now();
     let mut stream = std::net::TcpStream::connect(address).expect("it listens");
     stream.set_read_timeout(Some(LIMIT)).expect("a socket");

@@ -6,10 +6,14 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{support::http, *};
+use super::{
+    support::http,
+    tls::{FIRST, Files},
+    *,
+};
 
-/// Sockets of one attack; thousands would test the machine.
-const SOCKETS: usize = 300;
+/// Sockets of the attack; the router's ends of them are in this process too.
+const SOCKETS: usize = 3000;
 
 fn short(limits: &mut Limits) {
     (limits.head, limits.body) = (Duration::from_millis(400), Duration::from_millis(400));
@@ -111,4 +115,45 @@ async fn a_kept_connection_may_idle_and_is_closed_in_its_time() {
     }
     let read = tokio::time::timeout(LIMIT, stream.read(&mut answer)).await;
     assert_eq!(read.expect("in time").expect("closed"), 0);
+}
+
+/// The beginning of a TLS record that would be a ClientHello of 512 bytes.
+const HELLO: &[u8] = &[0x16, 3, 1, 2, 0, 1, 0, 1, 0xFC, 3, 3];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn handshakes_that_crawl_are_cut_and_the_others_are_served() {
+    let worker = worker(|_| {});
+    let certificate = Files::new(FIRST).load();
+    let house = house_of([worker.address].into_iter(), short, None, Some(&certificate)).await;
+    let attacks: [(SocketAddr, &[u8]); 4] = [
+        (house.http, b""),
+        (house.http, HELLO),
+        (house.grpc, b""),
+        (house.grpc, HELLO),
+    ];
+    let began = Instant::now();
+    let crawling = (0..400).map(|i| {
+        let (address, first) = attacks[i % attacks.len()];
+        crawl(address, first, 0x16)
+    });
+    let served = async {
+        for _ in 0..20 {
+            let mut stream = super::tls::connect(house.http, b"http/1.1").await;
+            let request = b"GET /health HTTP/1.1\r\nhost: m\r\nconnection: close\r\n\r\n";
+            stream.write_all(request).await.expect("read");
+            let mut answer = [0; 12];
+            stream.read_exact(&mut answer).await.expect("answered");
+            assert_eq!(&answer, b"HTTP/1.1 200");
+        }
+        began.elapsed()
+    };
+    let (_, served) = tokio::join!(futures::future::join_all(crawling), served);
+    println!("20 handshakes between 400 that crawl took {served:?}");
+    assert!(served < Duration::from_secs(10), "{served:?}");
+    until("all are cut", || {
+        ["grpc", "http"].iter().all(|protocol| {
+            house.metric(&format!("swallow_router_connections{{protocol=\"{protocol}\"}}")) == 0.0
+        })
+    })
+    .await;
 }

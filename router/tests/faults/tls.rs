@@ -16,7 +16,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::*;
 
-const FIRST: [&str; 2] = [
+pub const FIRST: [&str; 2] = [
     include_str!("../support/tls/first.crt"),
     include_str!("../support/tls/first.key"),
 ];
@@ -26,10 +26,10 @@ const SECOND: [&str; 2] = [
 ];
 
 /// A certificate and its key, that go with their test.
-struct Files(PathBuf);
+pub struct Files(PathBuf);
 
 impl Files {
-    fn new(pair: [&str; 2]) -> Self {
+    pub fn new(pair: [&str; 2]) -> Self {
         let files = Self(std::env::temp_dir().join(format!("swallow-tls-{}", uuid::Uuid::new_v4())));
         std::fs::create_dir(&files.0).expect("the temporary folder can be written");
         files.put(pair);
@@ -42,7 +42,7 @@ impl Files {
         }
     }
 
-    fn load(&self) -> Certificate {
+    pub fn load(&self) -> Certificate {
         Certificate::load(&self.0.join("crt"), &self.0.join("key")).expect("they belong together")
     }
 }
@@ -58,7 +58,7 @@ fn der(pair: [&str; 2]) -> CertificateDer<'static> {
     CertificateDer::from_pem_slice(pair[0].as_bytes()).expect("PEM")
 }
 
-async fn connect(address: SocketAddr, protocol: &[u8]) -> TlsStream<TcpStream> {
+pub async fn connect(address: SocketAddr, protocol: &[u8]) -> TlsStream<TcpStream> {
     let mut roots = RootCertStore::empty();
     for pair in [FIRST, SECOND] {
         roots.add(der(pair)).expect("a certificate");

@@ -5,6 +5,7 @@ mod errors;
 mod fields;
 mod models;
 mod scores;
+mod tools;
 
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,7 @@ fn user(content: &str) -> Vec<wire::ChatMessage> {
     vec![wire::ChatMessage {
         role: wire::Role::User.into(),
         content: content.into(),
+        ..wire::ChatMessage::default()
     }]
 }
 

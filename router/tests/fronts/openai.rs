@@ -7,17 +7,23 @@ mod errors;
 mod pages;
 mod stops;
 mod tools;
+mod waiting;
 
 use std::time::Duration;
 
 use crate::support::{
     BOS, EOS, EOT,
-    engine::{CONTEXT, MAX_BODY, finished, says, start, start_with_template, started, then_hangs, tokens},
+    engine::{
+        CONTEXT, MAX_BODY, finished, says, start, start_set, start_with_template, started, then_hangs, tokens,
+    },
     http::{get, post, receive, send},
 };
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
-use swallow_router::ask::{Event, Failure, Finish, Refusal};
+use swallow_router::{
+    ask::{Event, Failure, Finish, Refusal},
+    openai::Settings,
+};
 use tokio::io::AsyncReadExt;
 
 const CHAT: &str = "/v1/chat/completions";

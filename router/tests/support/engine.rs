@@ -22,7 +22,7 @@ use swallow_router::{
     grpc::{self, Health},
     http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
     metrics::Metrics,
-    openai,
+    openai::{self, Settings},
 };
 use tokio::{net::TcpListener, sync::Notify};
 
@@ -189,17 +189,26 @@ pub async fn start_with_template(
 ) -> Router {
     let mut config = tokenizer_config();
     config["chat_template"] = template.into();
-    start_with(config.to_string(), script).await
+    start_with(config.to_string(), Settings::new(MAX_BODY), script).await
+}
+
+/// As `start`, as an operator wants it.
+pub async fn start_set(
+    settings: Settings,
+    script: impl Fn(&Ask) -> Result<Events, Refusal> + Send + Sync + 'static,
+) -> Router {
+    start_with(tokenizer_config().to_string(), settings, script).await
 }
 
 /// Starts a router on free ports. Besides `MODEL` it knows "absent", which never had a replica, and "mute", whose
 /// files have no tokenizer.
 pub async fn start(script: impl Fn(&Ask) -> Result<Events, Refusal> + Send + Sync + 'static) -> Router {
-    start_with(tokenizer_config().to_string(), script).await
+    start_set(Settings::new(MAX_BODY), script).await
 }
 
 async fn start_with(
     tokenizer_config: String,
+    settings: Settings,
     script: impl Fn(&Ask) -> Result<Events, Refusal> + Send + Sync + 'static,
 ) -> Router {
     let files: ModelFiles = [
@@ -230,7 +239,7 @@ async fn start_with(
     let grpc = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let addresses = [&http, &grpc].map(|listener| listener.local_addr().expect("bound"));
     let servers = [
-        (http, Protocol::Http, openai::router(door.clone(), MAX_BODY)),
+        (http, Protocol::Http, openai::router_with(door.clone(), settings)),
         (grpc, Protocol::Grpc, grpc::router(&door, &health, MAX_BODY)),
     ];
     let places = Places::new(1024);

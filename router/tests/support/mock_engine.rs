@@ -227,10 +227,12 @@ impl Engine {
         if request.window_tokens > 0 && index >= request.window_tokens {
             return None; // Parked.
         }
-        let mut id = token(own, seed, request.candidate, index);
-        if self.config.letters {
-            id = letter(id);
-        }
+        let says = &self.config.says;
+        let id = match says.get(index as usize % says.len().max(1)) {
+            Some(&id) => id,
+            None if self.config.letters => letter(token(own, seed, request.candidate, index)),
+            None => token(own, seed, request.candidate, index),
+        };
         frame.handle.push(request.handle);
         frame.token_id.push(id);
         if request.logprobs.is_some() {

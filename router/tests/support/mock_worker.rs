@@ -75,6 +75,8 @@ pub struct Config {
     pub prefill_tokens_per_second: u32,
     /// It generates letters.
     pub letters: bool,
+    /// It generates these over and over, if there are any.
+    pub says: Vec<u32>,
 
     /// Time of a step.
     pub step: Duration,
@@ -120,6 +122,7 @@ impl Default for Config {
             step_tokens: 2048,
             prefill_tokens_per_second: 100_000,
             letters: false,
+            says: Vec::new(),
             step: Duration::from_millis(1),
             wedged: false,
             hold: false,

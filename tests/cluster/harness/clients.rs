@@ -106,6 +106,7 @@ async fn chat(
             ChatMessage {
                 role: role.into(),
                 content,
+                ..ChatMessage::default()
             }
         })
         .collect();

@@ -5,6 +5,7 @@
 //!
 //! - `scheduler`: the doors. A sequence comes, is refused, cancelled or late; what the caller can ask.
 //! - `plan`: one step. Decode rows first, then admissions, then prefill chunks; preemption when memory runs out.
+//! - `cost`: what steps cost, learnt from their times, so that prefill beside decoding keeps a target.
 //! - `commit`: what a step's tokens change.
 //! - `sequence`, `blocks`: the two kinds of state, and the rules that each keeps.
 //!
@@ -14,11 +15,13 @@
 mod audit;
 mod blocks;
 mod commit;
+mod cost;
 mod plan;
 mod scheduler;
 mod sequence;
 mod types;
 
+pub use cost::{CostModel, Pace, StepCost};
 pub use scheduler::Scheduler;
 pub use types::{
     Ask, BlockId, Finish, Input, KeyOf, KvDelta, Limits, Load, Micros, Output, Refusal, SeqId, Slot, Step,

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::cost::StepCost;
 use crate::scheduler::{FLIGHTS_MAX, Flight, Flown, Scheduler, n_u32};
 use crate::sequence::{Index, Sequence, State};
 use crate::types::{Finish, Input, Micros, Output, Step, StepId, Work};
@@ -202,11 +203,32 @@ impl Scheduler {
             ready = self.without_twins(ready);
         }
         let wanted: Vec<usize> = ready.iter().map(|&at| self.seq(at).n_chunk_max()).collect();
-        for (at, rows) in ready.into_iter().zip(share(&wanted, draft.left)) {
+        let rows = share(&wanted, self.paced(draft, &ready, &wanted));
+        for (at, rows) in ready.into_iter().zip(rows) {
             if rows > 0 {
                 self.plan_rows(at, rows, self.limits.prefix_cache, draft);
             }
         }
+    }
+
+    /// Rows of prefill that may join the step: all that are left, or, where a stream decodes in it and a pace is set, as
+    /// many as keep the pace.
+    fn paced(&self, draft: &Draft, ready: &[Index], wanted: &[usize]) -> usize {
+        let decodes = |work: &Work| work.sample.is_some_and(|index| index > 0);
+        let Some(pace) = self.pace.as_ref().filter(|_| draft.works.iter().any(decodes)) else {
+            return draft.left;
+        };
+        let mut cost = StepCost::default();
+        for work in &draft.works {
+            cost.add(u64::from(work.start), u64::from(work.rows()));
+        }
+        let most = draft.left.min(wanted.iter().sum());
+        pace.rows(cost, most, |mut cost, rows| {
+            for (&at, rows) in ready.iter().zip(share(wanted, rows)) {
+                cost.add(self.seq(at).planned as u64, rows as u64);
+            }
+            cost
+        })
     }
 
     /// Takes blocks that became findable since this sequence came in.

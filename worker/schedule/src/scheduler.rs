@@ -7,8 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::blocks::Blocks;
+use crate::cost::{Pace, StepCost};
 use crate::sequence::{Arrival, Index, Sequence, State};
-use crate::types::{Ask, Finish, KvDelta, Limits, Load, Micros, Output, Refusal, SeqId, Slot, StepId};
+use crate::types::{Ask, Finish, KvDelta, Limits, Load, Micros, Output, Refusal, SeqId, Slot, Step, StepId};
 
 /// Steps planned and not committed: the one that runs and the one that follows it.
 pub(crate) const FLIGHTS_MAX: usize = 2;
@@ -57,6 +58,8 @@ pub(crate) struct Flown {
 #[derive(Debug)]
 pub struct Scheduler {
     pub(crate) limits: Limits,
+    /// Bounds prefill beside decoding.
+    pub(crate) pace: Option<Pace>,
     pub(crate) blocks: Blocks,
     /// Slots that no sequence holds; the last is the next to be used.
     pub(crate) slots: Vec<Slot>,
@@ -108,6 +111,7 @@ impl Scheduler {
             blocks: Blocks::new(limits.n_blocks, limits.block_tokens as usize, limits.prefix_cache),
             slots: (0..limits.max_running).rev().map(Slot).collect(),
             limits,
+            pace: None,
             sequences: Vec::new(),
             vacant: Vec::new(),
             ids: BTreeMap::new(),
@@ -131,6 +135,24 @@ impl Scheduler {
     /// What it was made with.
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// From now on a step in which a stream decodes has no more prefill than lets it end within the pace's target, by
+    /// what its costs say; 128 rows of it at least. Steps without decoding are as long as the limits allow.
+    pub fn set_pace(&mut self, pace: Pace) {
+        self.pace = Some(pace);
+    }
+
+    /// How long a step will take; `None` without a pace, or before its costs know such steps.
+    pub fn predict(&self, step: &Step) -> Option<Micros> {
+        self.pace.as_ref()?.costs.predict(&StepCost::of(step))
+    }
+
+    /// A step took so long; nothing is learnt without a pace.
+    pub fn learn(&mut self, step: &Step, took: Micros) {
+        if let Some(pace) = &mut self.pace {
+            pace.costs.learn(&StepCost::of(step), took);
+        }
     }
 
     /// Lets a sequence wait for its turn.
@@ -214,6 +236,15 @@ impl Scheduler {
             let arrival = seq.arrival;
             self.n_parked -= 1;
             self.waiting.insert(arrival, at);
+        }
+    }
+
+    /// Lets a sequence go in step with the host, as a grammar demands: from now on it gets no row while a token of it is
+    /// in flight, so that each token is seen before the next one is chosen. All others are planned ahead as ever. An
+    /// unknown id changes nothing.
+    pub fn keep_in_step(&mut self, id: SeqId) {
+        if let Some(&at) = self.ids.get(&id) {
+            self.seq_mut(at).in_step = true;
         }
     }
 

@@ -51,6 +51,8 @@ pub(crate) struct Sequence {
     pub(crate) started: bool,
     /// It generates no more tokens than these before whoever reads them says so; at least 1.
     pub(crate) window: u32,
+    /// It gets no row while a token of it is unseen.
+    pub(crate) in_step: bool,
     /// When its last work was planned, counting works; 0 for never. The smallest goes first when rows are short.
     pub(crate) last_turn: u64,
     /// Chain of block keys, computed as far as they were needed.
@@ -77,6 +79,7 @@ impl Sequence {
             scored,
             started: false,
             window: u32::MAX,
+            in_step: false,
             last_turn: 0,
             keys: Vec::new(),
             nodes: Vec::new(),
@@ -98,6 +101,9 @@ impl Sequence {
 
     /// Rows that could be planned now. One is a decode row (or the end of a prefill), more are prefill.
     pub(crate) fn n_ready(&self) -> usize {
+        if self.in_step && self.unseen > 0 {
+            return 0;
+        }
         // The row of token `n` samples token `n + 1`.
         let n_open_rows = self.n_prompt() + self.window as usize - 1;
         let n_rows = Self::n_final_rows(&self.ask).min(n_open_rows);

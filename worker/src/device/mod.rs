@@ -16,7 +16,7 @@ mod step;
 use std::{ops::Range, sync::Arc};
 
 pub use part::{Part, RandomTensor, Source};
-pub use step::{BadStep, HeadAsk, HeadOut, HeadUse, Landed, RowToken, StepMeta, StepShape, WorkMeta};
+pub use step::{BadStep, HeadAsk, HeadOut, HeadUse, Landed, OpTime, RowToken, StepMeta, StepShape, WorkMeta};
 
 /// Steps that a device may have been given before the first of them has landed.
 pub const AHEAD_MAX: usize = 2;
@@ -205,6 +205,12 @@ pub trait Device {
     /// # Errors
     /// If memory runs out.
     fn kv(&mut self, shape: KvShape) -> Result<Self::Kv, DeviceError>;
+
+    /// Fills the pool with random numbers, for measuring attention over what nobody computed.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn randomise(&mut self, kv: &mut Self::Kv) -> Result<(), DeviceError>;
 
     /// Bytes allocated so far.
     fn allocated(&self) -> Allocated;

@@ -6,6 +6,7 @@
 use std::{
     ops::Range,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use swallow_schedule::{Input, SeqId, Step, StepId, Work};
@@ -98,6 +99,25 @@ pub struct Landed {
     pub fingerprint: u64,
     /// It ran from a recording.
     pub replayed: bool,
+    /// Time that the rank spent meeting the others, waiting for them included; `None` alone, or where nobody looks.
+    pub exchanged: Option<Duration>,
+    /// Where its time went, of a device that was told to look.
+    pub op_times: Vec<OpTime>,
+}
+
+/// The time that one kind of operation took in a step, on one rank.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OpTime {
+    /// Its name.
+    pub op: String,
+    /// How often.
+    pub calls: usize,
+    /// All calls together.
+    pub seconds: f64,
+    /// Bytes that had to be read and written, each once.
+    pub bytes: f64,
+    /// Floating-point operations that had to be done.
+    pub flops: f64,
 }
 
 /// A step that does not fit the device. The scheduler keeps these bounds; this is a defect of the caller.

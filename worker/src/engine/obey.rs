@@ -192,6 +192,10 @@ impl<R: Runner> Engine<R> {
         if order.window < u32::MAX {
             self.scheduler.set_window(seq, live.window(order.window));
         }
+        if order.params.grammar.is_some() {
+            // What may come next depends on what came.
+            self.scheduler.keep_in_step(seq);
+        }
         self.tickets.take(ticket, arrived);
         self.runner.admit(seq, order.params, order.prompt);
         self.lives.insert(seq, live);

@@ -5,6 +5,7 @@
 //! a panic, a stall, or ranks that disagree, it names rank and step and never runs again.
 
 mod error;
+mod planned;
 mod rank;
 
 use std::{
@@ -19,12 +20,14 @@ use std::{
 };
 
 pub use error::{Cause, GroupError};
+pub use planned::on_gpus as planned_on_gpus;
 use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 
 use crate::{
     checkpoint::LlamaConfig,
     device::{
-        AHEAD_MAX, DeviceError, HeadOut, HeadUse, Landed, StepMeta, StepShape, cpu::Exchange, cuda::GroupId,
+        AHEAD_MAX, DeviceError, HeadOut, HeadUse, Landed, OpTime, StepMeta, StepShape, cpu::Exchange,
+        cuda::GroupId,
     },
     model::{Shard, Slice, Weights},
     sampling::{Sampler, SamplingParams, TokenScore},
@@ -77,6 +80,10 @@ pub struct GroupSpec {
     /// On GPUs: of several ways to multiply, the one that is fastest at start. Without, always the same one, so that two
     /// starts give the same bits.
     pub tuned: bool,
+    /// On GPUs: tell where the time of each step goes. Steps are slower, and none is recorded.
+    pub profile: bool,
+    /// For benchmarks: keys and values are random numbers from the start, as if something had been computed.
+    pub random_kv: bool,
     /// Test instrument, on no command line: a rank that misbehaves.
     pub fault: Option<Fault>,
 }
@@ -190,6 +197,10 @@ pub struct StepResult {
     pub prompt_scores: Vec<PromptScores>,
     /// It ran from a recording.
     pub replayed: bool,
+    /// Time that ranks spent meeting each other; that of the rank that spent most.
+    pub exchanged: Option<Duration>,
+    /// Where the first rank's time went, of a group that was told to look.
+    pub op_times: Vec<OpTime>,
 }
 
 impl StepResult {
@@ -589,8 +600,12 @@ fn bytes_to_read(weights: &Weights, of: usize) -> u64 {
 }
 
 /// Puts the ranks' answers in the order of the step's asks.
-fn collect(meta: &StepMeta, landed: Vec<Landed>) -> StepResult {
+fn collect(meta: &StepMeta, mut landed: Vec<Landed>) -> StepResult {
+    let op_times = landed
+        .first_mut()
+        .map(|first| std::mem::take(&mut first.op_times));
     let replayed = landed.iter().all(|landed| landed.replayed);
+    let exchanged = landed.iter().filter_map(|landed| landed.exchanged).max();
     let mut outs: Vec<HeadOut> = landed.into_iter().flat_map(|landed| landed.outs).collect();
     outs.sort_unstable_by_key(|out| out.ask);
     assert!(
@@ -599,6 +614,8 @@ fn collect(meta: &StepMeta, landed: Vec<Landed>) -> StepResult {
     );
     let mut result = StepResult {
         replayed,
+        exchanged,
+        op_times: op_times.unwrap_or_default(),
         ..StepResult::default()
     };
     for (ask, out) in meta.asks.iter().zip(outs) {

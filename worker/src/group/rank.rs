@@ -157,6 +157,7 @@ impl Member {
             record: self.spec.record,
             portable: self.spec.portable,
             tuned: self.spec.tuned,
+            profile: self.spec.profile,
         };
         CudaDevice::new(spec, self.id, self.exchange.clone())
     }
@@ -166,6 +167,7 @@ impl Member {
             shard: self.shard,
             n_blocks: self.spec.n_blocks,
             block_tokens: self.spec.block_tokens,
+            random_kv: self.spec.random_kv,
         };
         self.progress.begin();
         let llama = Llama::load(&mut device, &self.weights, spec, &self.progress.bytes_done)?;

@@ -11,11 +11,18 @@ use crate::group::MemoryReport;
 const STEP_TOKEN_BUCKETS: &[f64] = &[
     1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0,
 ];
+/// One that was compiled before is there in microseconds; the grammars' bounds end the longest.
+const GRAMMAR_BUCKETS: &[f64] = &[
+    0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+];
 /// Small models step in tens of microseconds, a long prefill on a CPU in seconds.
 const STEP_BUCKETS: &[f64] = &[
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
     10.0, 30.0, 60.0, 120.0, 300.0,
 ];
+
+/// Shares of a step's time.
+const ERROR_BUCKETS: &[f64] = &[0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0];
 
 /// What the engine counts and measures. Cheap to clone: handles to the same values.
 #[derive(Clone)]
@@ -28,6 +35,7 @@ pub struct EngineMetrics {
     generation_tokens: IntCounter,
     success: IntCounterVec,
     rejected: IntCounter,
+    grammar_seconds: HistogramVec,
     sessions: IntGauge,
     sessions_cut: IntCounter,
     preemptions: IntCounter,
@@ -35,6 +43,8 @@ pub struct EngineMetrics {
     prefix_hits: IntCounter,
     step_tokens: Histogram,
     step_seconds: HistogramVec,
+    step_error: HistogramVec,
+    collective_seconds: HistogramVec,
     steps: IntCounterVec,
     memory: IntGaugeVec,
     requests: Requests,
@@ -49,6 +59,10 @@ pub(crate) struct StepDone {
     pub(crate) decode: u32,
     /// Its time.
     pub(crate) took: Duration,
+    /// What was expected when it was launched.
+    pub(crate) predicted: Option<Duration>,
+    /// Time that its ranks spent meeting each other.
+    pub(crate) exchanged: Option<Duration>,
     /// It ran from a recording.
     pub(crate) replayed: bool,
 }
@@ -118,6 +132,12 @@ impl EngineMetrics {
             )?,
             generation_tokens: make.counter("vllm:generation_tokens_total", "Generated tokens")?,
             success,
+            grammar_seconds: make.histograms(
+                "swallow_worker_grammar_compile_seconds",
+                "Compiling a request's grammar, by outcome: compiled, or refused; waiting for a place to do it is not counted",
+                GRAMMAR_BUCKETS,
+                "outcome",
+            )?,
             rejected: make.counter(
                 "swallow_worker_requests_rejected_total",
                 "Requests refused before they ran",
@@ -147,6 +167,18 @@ impl EngineMetrics {
                 STEP_BUCKETS,
                 "kind",
             )?,
+            step_error: make.histograms(
+                "swallow_worker_step_prediction_error",
+                "How far a step's predicted time was from the measured one, as a share of that, by what its rows do",
+                ERROR_BUCKETS,
+                "kind",
+            )?,
+            collective_seconds: make.histograms(
+                "swallow_worker_collective_seconds",
+                "Time of a step that its ranks spent meeting each other, by what its rows do; where the device tells it",
+                STEP_BUCKETS,
+                "kind",
+            )?,
             steps,
             memory: make.gauges(
                 "swallow_worker_memory_bytes",
@@ -167,6 +199,17 @@ impl EngineMetrics {
         self.step_seconds
             .with_label_values(&[kind])
             .observe(step.took.as_secs_f64());
+        if let Some(predicted) = step.predicted {
+            let took = step.took.as_secs_f64().max(1e-6);
+            self.step_error
+                .with_label_values(&[kind])
+                .observe((predicted.as_secs_f64() / took - 1.0).abs());
+        }
+        if let Some(exchanged) = step.exchanged {
+            self.collective_seconds
+                .with_label_values(&[kind])
+                .observe(exchanged.as_secs_f64());
+        }
         let launch = if step.replayed { "recorded" } else { "single" };
         self.steps.with_label_values(&[launch]).inc();
     }
@@ -218,6 +261,14 @@ impl EngineMetrics {
 
     pub(crate) fn session_cut(&self) {
         self.sessions_cut.inc();
+    }
+
+    /// A grammar was compiled, or could not be.
+    pub(crate) fn grammar(&self, compiled: bool, took: Duration) {
+        let outcome = if compiled { "compiled" } else { "refused" };
+        self.grammar_seconds
+            .with_label_values(&[outcome])
+            .observe(took.as_secs_f64());
     }
 
     pub(crate) fn rejected(&self) {

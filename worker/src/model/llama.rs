@@ -30,6 +30,8 @@ pub struct LlamaSpec {
     pub n_blocks: usize,
     /// Tokens in one block.
     pub block_tokens: usize,
+    /// Random numbers for keys and values to begin with.
+    pub random_kv: bool,
 }
 
 /// One rank's weights, keys and values, and activations.
@@ -86,12 +88,15 @@ impl<D: Device> Llama<D> {
         let heads = spec.shard.heads(config);
         let slices = spec.shard.slices(config);
         // The pool first: if memory is short, it shows before minutes of loading.
-        let kv = device.kv(KvShape {
+        let mut kv = device.kv(KvShape {
             n_layers: config.n_layers,
             n_blocks: spec.n_blocks,
             block_tokens: spec.block_tokens,
             heads,
         })?;
+        if spec.random_kv {
+            device.randomise(&mut kv)?;
+        }
         let hidden = config.hidden_size;
         let inner = slices.layers.first().map_or(0, |layer| layer.down.ins);
         let work = Activations {

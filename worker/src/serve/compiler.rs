@@ -14,6 +14,7 @@ use tokio::sync::{Semaphore, mpsc};
 use crate::{
     engine::{Command, Order, SessionId, Submission, Ticket},
     grammar::{Constraint, Grammars, Source},
+    metrics::EngineMetrics,
 };
 
 /// Grammars that are compiled at once, of all sessions.
@@ -22,15 +23,16 @@ const AT_ONCE: usize = 2;
 const WITHIN: Duration = Duration::from_secs(10);
 
 /// Compiles for all sessions.
-#[derive(Debug)]
 pub(super) struct Compiler {
     grammars: Arc<Grammars>,
+    metrics: EngineMetrics,
     permits: Arc<Semaphore>,
 }
 
 impl Compiler {
-    pub(super) fn new(grammars: Grammars) -> Self {
+    pub(super) fn new(grammars: Grammars, metrics: EngineMetrics) -> Self {
         Self {
+            metrics,
             grammars: Arc::new(grammars),
             permits: Arc::new(Semaphore::new(AT_ONCE)),
         }
@@ -41,12 +43,15 @@ impl Compiler {
             .acquire_owned()
             .await
             .expect("never closed");
-        let grammars = Arc::clone(&self.grammars);
+        let (grammars, began) = (Arc::clone(&self.grammars), Instant::now());
         let job = tokio::task::spawn_blocking(move || {
             let _permit = permit;
             grammars.constraint(&source, &said)
         });
-        match tokio::time::timeout(WITHIN, job).await {
+        let outcome = tokio::time::timeout(WITHIN, job).await;
+        self.metrics
+            .grammar(matches!(outcome, Ok(Ok(Ok(_)))), began.elapsed());
+        match outcome {
             Ok(Ok(Ok(constraint))) => Ok(constraint),
             Ok(Ok(Err(error))) => Err(error.to_string()),
             Ok(Err(_panicked)) => Err("the grammar can't be used: compiling it failed".to_owned()),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use swallow_rpc::worker::v1::{ModelSpec, model_spec};
-use swallow_schedule::Limits;
+use swallow_schedule::{Limits, Pace};
 
 use crate::{engine::Door, grammar::Grammars, state::Memory};
 
@@ -64,6 +64,8 @@ pub struct Loaded<R> {
     pub runner: R,
     /// Of scheduler and device.
     pub limits: Limits,
+    /// What bounds prefill beside decoding.
+    pub pace: Option<Pace>,
     /// What routers learn.
     pub facts: Facts,
     /// What requests are checked against.

@@ -12,19 +12,15 @@ use swallow_proto::{
 use swallow_schedule::Limits;
 use tracing::{info, warn};
 
-use super::{Facts, Loaded, ModelFile, ServeError};
+use super::{Facts, Loaded, ModelFile, ServeError, calibrate};
 use crate::{
     checkpoint::{Checkpoint, GenerationConfig, LlamaConfig, TextFiles, eos_union, tokenizer_eos},
     config::{CacheShape, Config, Fit},
-    device::{
-        AHEAD_MAX, VocabSplit,
-        cpu::HEAD_ROWS,
-        cuda::{self, CudaSpec},
-    },
+    device::{AHEAD_MAX, cpu::HEAD_ROWS, cuda},
     dummy::DummyModel,
     engine::{Defaults, Door},
-    group::{Group, GroupSpec, Machine, RankMemory},
-    model::{Shard, Slice, Weights},
+    group::{Group, GroupSpec, Machine, RankMemory, planned_on_gpus},
+    model::{Shard, Weights},
     state::{Memory, State},
 };
 
@@ -47,26 +43,7 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
     let fit = config.fit(&cache_shape(&model, machine))?;
     log_fit(config, &fit, &model);
 
-    let spec = GroupSpec {
-        machine,
-        tensor_parallel: ranks,
-        threads: to_usize(config.threads),
-        block_tokens: to_usize(config.block_tokens),
-        n_blocks: to_usize(fit.n_blocks),
-        max_running: to_usize(config.max_running),
-        max_step_tokens: to_usize(config.max_step_tokens),
-        max_model_len: to_usize(fit.max_model_len),
-        step_timeout: config.step_timeout,
-        // Processors compute on the thread that would launch, so they gain nothing.
-        steps_ahead: match machine {
-            Machine::Cpu => 1,
-            Machine::Cuda => AHEAD_MAX,
-        },
-        record: true,
-        portable: config.portable_kernels,
-        tuned: true,
-        fault: None,
-    };
+    let spec = group_spec(config, machine, &fit);
     let planned = match machine {
         Machine::Cpu => planned(&model, config, &fit),
         Machine::Cuda => planned_cuda(&model, config, &fit),
@@ -78,16 +55,22 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         workspace_bytes = planned.workspace_bytes,
         "memory planned"
     );
-    let runner = Group::start(weights, spec, state.loading())?;
+    let mut runner = Group::start(weights, spec, state.loading())?;
     log_loading(config, state);
     let measured = memory(&runner.memory().total);
+    let limits = limits(config, &fit);
+    let pace = match config.inter_token_latency_target {
+        Some(target) => Some(calibrate::pace(&mut runner, &limits, target)?),
+        None => None,
+    };
     let defaults = if config.generation_defaults {
         Defaults::of_model(&generation)
     } else {
         Defaults::NEUTRAL
     };
     Ok(Loaded {
-        limits: limits(config, &fit),
+        limits,
+        pace,
         facts: Facts {
             boot_id: rand::random(),
             max_model_len: fit.max_model_len,
@@ -112,6 +95,32 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
         measured,
         runner,
     })
+}
+
+/// The group that these flags ask for.
+fn group_spec(config: &Config, machine: Machine, fit: &Fit) -> GroupSpec {
+    GroupSpec {
+        machine,
+        tensor_parallel: to_usize(config.tensor_parallel),
+        threads: to_usize(config.threads),
+        block_tokens: to_usize(config.block_tokens),
+        n_blocks: to_usize(fit.n_blocks),
+        max_running: to_usize(config.max_running),
+        max_step_tokens: to_usize(config.max_step_tokens),
+        max_model_len: to_usize(fit.max_model_len),
+        step_timeout: config.step_timeout,
+        // Processors compute on the thread that would launch, so they gain nothing.
+        steps_ahead: match machine {
+            Machine::Cpu => 1,
+            Machine::Cuda => AHEAD_MAX,
+        },
+        record: true,
+        portable: config.portable_kernels,
+        tuned: true,
+        profile: false,
+        random_kv: false,
+        fault: None,
+    }
 }
 
 /// Where the model's weights come from, and its text files.
@@ -279,35 +288,11 @@ fn planned(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
     }
 }
 
-/// What loading will need on GPUs: weights in bf16, norms and rotary frequencies in fp32.
+/// What loading will need on GPUs.
 fn planned_cuda(model: &LlamaConfig, config: &Config, fit: &Fit) -> Memory {
-    const BF16: usize = 2;
-    const FP32: usize = 4;
-    let of = to_usize(config.tensor_parallel);
-    let (mut weights, mut workspace) = (0, 0);
-    for shard in (0..of).map(|rank| Shard { rank, of }) {
-        let slices = shard.slices(model);
-        let bytes = |slice: &Slice| slice.outs * slice.ins * if slice.ins == 1 { FP32 } else { BF16 };
-        weights += slices.iter().map(bytes).sum::<usize>() + model.head_dim / 2 * FP32;
-        let spec = CudaSpec {
-            shard,
-            max_running: to_usize(config.max_running),
-            max_rows: to_usize(config.max_step_tokens),
-            max_model_len: to_usize(fit.max_model_len),
-            block_tokens: to_usize(config.block_tokens),
-            hidden: model.hidden_size,
-            heads: shard.heads(model),
-            split: VocabSplit::new(model.vocab_size, of),
-            record: true,
-            portable: config.portable_kernels,
-            tuned: true,
-        };
-        workspace += cuda::workspace_bytes(&spec, shard.part(model.intermediate_size).len());
-    }
     Memory {
-        weights_bytes: weights as u64,
         kv_bytes: fit.block_bytes * u64::from(fit.n_blocks),
-        workspace_bytes: workspace,
+        ..memory(&planned_on_gpus(model, &group_spec(config, Machine::Cuda, fit)))
     }
 }
 

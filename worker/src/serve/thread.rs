@@ -69,12 +69,13 @@ impl EngineThread {
         let open = Open {
             inbox: inbox_tx,
             door: Arc::new(loaded.door),
-            compiler: Arc::new(Compiler::new(facts.grammars())),
+            compiler: Arc::new(Compiler::new(facts.grammars(), engine_metrics.clone())),
             facts: Arc::clone(&facts),
         };
         let engine = Engine::new(Parts {
             runner: loaded.runner,
             limits: loaded.limits,
+            pace: loaded.pace,
             standing: self.max_waiting,
             facts,
             state: self.state,

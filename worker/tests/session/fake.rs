@@ -33,6 +33,16 @@ struct Inner {
     steps: u64,
     sequences: usize,
     most_launched: usize,
+    ahead: Ahead,
+}
+
+/// Rows of steps that were launched while another step was under way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ahead {
+    /// Of sequences that anything may follow.
+    pub free: u32,
+    /// Of sequences that are held to a grammar.
+    pub constrained: u32,
 }
 
 /// The test's hand on the runner.
@@ -87,6 +97,11 @@ impl Controls {
     /// Steps that were launched and not finished at the same time, at most.
     pub fn most_launched(&self) -> usize {
         self.inner().most_launched
+    }
+
+    /// What was launched ahead so far.
+    pub fn ahead(&self) -> Ahead {
+        self.inner().ahead
     }
 
     /// Returns once the runner keeps state for no sequence.
@@ -154,6 +169,32 @@ impl Fake {
         }
     }
 
+    /// Counts the rows of a step that follows one whose tokens nobody has seen. A token that a grammar has to allow is
+    /// never chosen before the last one was seen.
+    fn see_ahead(&self, step: &Step, sequences: &[Arc<Sequence>]) {
+        let Some((under_way, _)) = self.flights.back() else {
+            return;
+        };
+        let unseen = |seq| {
+            let works = &under_way.works;
+            works.iter().any(|work| work.seq == seq && work.sample.is_some())
+        };
+        let mut rows = Ahead::default();
+        for (work, sequence) in step.works.iter().zip(sequences) {
+            match sequence.params.grammar {
+                None => rows.free += 1,
+                Some(_) => {
+                    assert!(!unseen(work.seq), "{work:?}");
+                    rows.constrained += 1;
+                }
+            }
+        }
+        self.controls.change(|inner| {
+            inner.ahead.free += rows.free;
+            inner.ahead.constrained += rows.constrained;
+        });
+    }
+
     fn check(&self, work: &Work, sequence: &Sequence) {
         let ids = match &work.input {
             Input::Tokens(ids) => ids.clone(),
@@ -201,7 +242,8 @@ impl Runner for Fake {
             let sequence = self.sequences.get(&work.seq);
             Arc::clone(sequence.expect("admitted, and not retired yet"))
         };
-        let sequences = step.works.iter().map(sequence).collect();
+        let sequences: Vec<_> = step.works.iter().map(sequence).collect();
+        self.see_ahead(step, &sequences);
         self.flights.push_back((step.clone(), sequences));
         let launched = self.flights.len();
         self.controls
@@ -232,6 +274,8 @@ impl Runner for Fake {
             sampled: Vec::new(),
             prompt_scores: Vec::new(),
             replayed: false,
+            exchanged: None,
+            op_times: Vec::new(),
         };
         for (work, sequence) in step.works.iter().zip(&sequences) {
             self.check(work, sequence);

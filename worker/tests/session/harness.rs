@@ -140,6 +140,7 @@ fn fake_model(
         Ok(Loaded {
             runner: Fake::new(controls, steps_ahead),
             limits,
+            pace: None,
             facts,
             door,
             measured,

@@ -6,6 +6,7 @@ mod ends;
 mod fake;
 mod grammars;
 mod harness;
+mod nonsense;
 mod ports;
 mod ranks;
 mod requests;

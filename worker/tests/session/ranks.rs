@@ -36,6 +36,8 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         record: true,
         portable: false,
         tuned: false,
+        profile: false,
+        random_kv: false,
         fault: Some(Fault {
             rank: 1,
             step: 3,
@@ -50,6 +52,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         Ok(Loaded {
             runner,
             limits,
+            pace: None,
             facts,
             door,
             measured: Memory::default(),

@@ -42,6 +42,8 @@ pub fn spec(tensor_parallel: usize) -> GroupSpec {
         record: true,
         portable: false,
         tuned: false,
+        profile: false,
+        random_kv: false,
         fault: None,
     }
 }
@@ -197,6 +199,9 @@ impl Engine {
             deadline: None,
         };
         self.scheduler.add(ask).unwrap_or_else(|e| panic!("{e}"));
+        if request.params.grammar.is_some() {
+            self.scheduler.keep_in_step(id);
+        }
         id
     }
 

@@ -91,6 +91,12 @@ pub struct Engine {
     /// keep their pace. At least maxConcurrentSequences.
     #[schemars(range(min = 1, max = 1048576))]
     pub max_step_tokens: u32,
+    /// interTokenLatencyTargetMs is the time between two tokens of a running answer, in milliseconds, that new prompts
+    /// may not push it over, 0 to 60000. Defaults to 50. While an answer runs, each step computes as much of
+    /// the prompts as keeps this, by what steps cost on these devices, and 128 tokens at least; 0 sets no
+    /// bound. A smaller target lets first tokens wait longer.
+    #[schemars(range(min = 0, max = 60000))]
+    pub inter_token_latency_target_ms: u32,
     /// prefixCache keeps the keys and values of finished requests, so that a request with the same
     /// beginning does not compute it again: Enabled or Disabled. Defaults to Enabled. It never changes what
     /// is answered.
@@ -116,6 +122,7 @@ impl Default for Engine {
             max_model_len: None,
             max_concurrent_sequences: 64,
             max_step_tokens: 512,
+            inter_token_latency_target_ms: 50,
             prefix_cache: EnginePrefixCache::default(),
             generation_defaults: EngineGenerationDefaults::default(),
             kv_cache: KvCache::default(),

@@ -74,7 +74,10 @@ async fn models_and_tokens() {
         (got.tokens.expect("ids").ids, got.max_context_tokens),
         (vec![BOS, 0xC3, 0xA9], CONTEXT)
     );
-    let conversation = wire::tokenize_request::Conversation { messages: user("q") };
+    let conversation = wire::tokenize_request::Conversation {
+        messages: user("q"),
+        tools: Vec::new(),
+    };
     let request = wire::TokenizeRequest {
         model: "tiny".into(),
         input: Some(Input::Conversation(conversation)),

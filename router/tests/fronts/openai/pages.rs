@@ -1,6 +1,7 @@
 //! Models, tokens, and what probes read.
 
 use super::*;
+use crate::support::{SPECIALS, TEMPLATE};
 
 #[tokio::test]
 async fn tokens_and_text_are_told_as_vllm_tells_them() {
@@ -66,7 +67,7 @@ async fn models_pages_and_ids() {
         (404, &json!("model_not_found"))
     );
     assert_eq!(get(router.http, "/health").await.status, 200);
-    let unknown = get(router.http, "/tokenizer_info").await;
+    let unknown = get(router.http, "/nothing").await;
     assert_eq!(
         (unknown.status, unknown.json()["error"]["type"].as_str()),
         (404, Some("invalid_request_error"))
@@ -92,4 +93,34 @@ async fn models_pages_and_ids() {
         32,
         "one with a space is replaced"
     );
+}
+
+#[tokio::test]
+async fn what_a_tokenizer_is_made_of_is_told_where_the_operator_lets_it() {
+    let router = start(|ask| says(ask, "ok")).await;
+    let hidden = get(router.http, "/tokenizer_info?model=tiny").await;
+    assert_eq!(hidden.status, 404);
+    assert!(hidden.body.contains("--tokenizer-info"), "{}", hidden.body);
+
+    let settings = Settings {
+        tokenizer_info: true,
+        ..Settings::new(MAX_BODY)
+    };
+    let router = start_set(settings, |ask| says(ask, "ok")).await;
+    let info = get(router.http, "/tokenizer_info?model=tiny").await;
+    assert_eq!(info.status, 200, "{}", info.body);
+    let info = info.json();
+    assert_eq!(info["tokenizer_class"], "PreTrainedTokenizerFast");
+    assert_eq!(info["bos_token"], SPECIALS[0]);
+    assert_eq!(info["eos_token"]["content"], SPECIALS[1]);
+    assert_eq!(info["chat_template"], TEMPLATE);
+    for (path, status) in [
+        ("/tokenizer_info?model=org/alias", 200),
+        // Several models: one has to be named.
+        ("/tokenizer_info", 400),
+        ("/tokenizer_info?model=nobody", 404),
+        ("/tokenizer_info?model=absent", 503),
+    ] {
+        assert_eq!(get(router.http, path).await.status, status, "{path}");
+    }
 }

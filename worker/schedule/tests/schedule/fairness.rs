@@ -1,6 +1,6 @@
 //! Nobody holds anybody up: decode rows are in every step, short prompts pass long ones, long ones keep moving.
 
-use swallow_schedule::{Limits, SeqId};
+use swallow_schedule::{Input, Limits, SeqId};
 
 use crate::device::{ask, limits};
 use crate::engine::{Engine, rows_of, text};
@@ -35,6 +35,41 @@ fn decode_is_in_every_step_of_a_long_prefill() {
         }
         assert_eq!(chunks[..81], [61; 81], "the prefill has all that decode leaves");
     }
+}
+
+/// Two sequences go in step with the host and two do not; steps are planned one ahead. Whoever is in step misses the
+/// step that is planned while its token is in flight, is fed a token that the host has seen, and nobody else misses any.
+#[test]
+fn only_sequences_in_step_wait_for_their_tokens() {
+    let mut engine = Engine::new(roomy());
+    for id in 1..=4 {
+        engine.add(ask(id, &text(id as u32, 5), 60));
+        if id > 2 {
+            engine.scheduler.keep_in_step(SeqId(id));
+        }
+    }
+    engine.plan().expect("the prompts' step");
+    for turn in 0..50 {
+        let step = engine
+            .plan()
+            .expect("there is work before the last step's tokens are seen");
+        let rows = [1, 2, 3, 4].map(|id| rows_of(&step, id));
+        let in_step = turn % 2;
+        assert_eq!(
+            rows,
+            [1, 1, in_step, in_step],
+            "step {turn} that is planned ahead"
+        );
+        for work in &step.works {
+            let ahead = work.input == Input::LastSampled;
+            assert_eq!(ahead, work.seq <= SeqId(2), "{work:?}");
+        }
+        engine.commit();
+    }
+    engine.commit();
+    engine.drain(1);
+    engine.assert_undisturbed();
+    assert_eq!(engine.finished.len(), 4);
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod doors;
 mod engine;
 mod fairness;
 mod golden;
+mod pace;
 mod pressure;
 mod sharing;
 mod speed;

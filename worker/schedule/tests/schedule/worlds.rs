@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use fastrand::Rng;
-use swallow_schedule::{Ask, Finish, Limits, Micros, Output, Refusal, Scheduler, SeqId, Step, StepId, Work};
+use swallow_schedule::{
+    Ask, CostModel, Finish, Input, Limits, Micros, Output, Pace, Refusal, Scheduler, SeqId, Step, StepId,
+    Work,
+};
 
 use crate::device::{Device, colliding_key_of, key_of, undisturbed, with_surplus};
 
@@ -75,6 +78,8 @@ struct Client {
     max_planned_sample: Option<u32>,
     /// Tokens that it may have.
     window: u32,
+    /// Nothing may be planned on a token of it that is in flight.
+    in_step: bool,
 }
 
 struct InFlight {
@@ -123,11 +128,20 @@ impl World {
         let prompts = (0..texts)
             .map(|_| (0..96).map(|_| rng.u32(0..vocab)).collect())
             .collect();
+        let device = Device::new(&limits, vocab);
+        let mut scheduler = Scheduler::new(limits);
+        if rng.bool() {
+            scheduler.set_pace(Pace {
+                target: Micros(rng.u64(1..100)),
+                rows_min: rng.u32(1..=4),
+                costs: CostModel::new(),
+            });
+        }
         Self {
             lag,
             vocab,
-            device: Device::new(&limits, vocab),
-            scheduler: Scheduler::new(limits),
+            device,
+            scheduler,
             clients: Vec::new(),
             live: BTreeMap::new(),
             in_flight: VecDeque::new(),
@@ -210,12 +224,17 @@ impl World {
                     scored: BTreeSet::new(),
                     max_planned_sample: None,
                     window: u32::MAX,
+                    in_step: false,
                     ask,
                 };
                 if self.rng.u32(0..3) == 0 {
                     let window = self.rng.u32(0..6);
                     self.scheduler.set_window(client.ask.id, window);
                     client.window = window.max(1);
+                }
+                if self.rng.u32(0..4) == 0 {
+                    self.scheduler.keep_in_step(client.ask.id);
+                    client.in_step = true;
                 }
                 assert_eq!(self.live.insert(client.ask.id, self.clients.len()), None);
                 self.clients.push(client);
@@ -329,6 +348,10 @@ impl World {
         let clients: Vec<usize> = step.works.iter().map(|work| self.live[&work.seq]).collect();
         for (work, &client) in step.works.iter().zip(&clients) {
             let client = &mut self.clients[client];
+            assert!(
+                !client.in_step || work.input != Input::LastSampled,
+                "{work:?} follows a token that nobody has seen"
+            );
             if let Some(index) = work.sample {
                 assert!(index < client.ask.max_tokens, "a token too many is planned");
                 assert!(index < client.window, "a token past the window is planned");
@@ -381,6 +404,10 @@ impl World {
                 }
             }
         }
+        // Whatever it took: what is planned then differs, what comes out does not.
+        let rows: u64 = flight.step.works.iter().map(|work| u64::from(work.rows())).sum();
+        self.scheduler
+            .learn(&flight.step, Micros(rows * self.rng.u64(1..5)));
         self.scheduler.commit(flight.step.id, &sampled);
     }
 

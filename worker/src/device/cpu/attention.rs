@@ -52,6 +52,16 @@ impl Kv {
         ((layer * self.shape.n_blocks + block) * self.shape.heads.n_kv + head) * self.tile_len()
     }
 
+    /// Numbers from -1 to 1 that look random.
+    pub(super) fn randomise(&mut self) {
+        for (half, salt) in [(&mut self.k, 1), (&mut self.v, 2)] {
+            for (i, number) in (salt << 48..).zip(half.iter_mut()) {
+                let mixed = u64::wrapping_mul(i ^ i >> 32, 0x9E37_79B9_7F4A_7C15);
+                *number = (mixed >> 40) as f32 / (1 << 23) as f32 - 1.0;
+            }
+        }
+    }
+
     /// A writer for several threads.
     pub(super) fn writer(&mut self) -> KvWriter<'_> {
         KvWriter {

@@ -18,6 +18,7 @@ use std::{
     cell::RefCell,
     collections::VecDeque,
     sync::{Arc, PoisonError},
+    time::{Duration, Instant},
 };
 
 pub use attention::Kv;
@@ -63,6 +64,8 @@ pub struct CpuDevice {
     isa: Isa,
     team: Team,
     exchange: Arc<Exchange>,
+    /// Time spent in meetings since the last step landed.
+    exchanged: Duration,
     /// Which of the exchange's areas is next.
     turn: usize,
     max_rows: usize,
@@ -110,6 +113,7 @@ impl CpuDevice {
             isa: Isa::detect(),
             team,
             exchange,
+            exchanged: Duration::ZERO,
             turn: 0,
             max_rows: spec.max_rows,
             packed: Buffer::new(0, "activations")?,
@@ -118,6 +122,14 @@ impl CpuDevice {
             allocated: Allocated::default(),
             disturbed: false,
         })
+    }
+
+    /// Waits until all ranks are here.
+    fn meet(&mut self) -> Result<(), DeviceError> {
+        let came = Instant::now();
+        self.exchange.meet(self.rank)?;
+        self.exchanged += came.elapsed();
+        Ok(())
     }
 
     /// Which of the exchange's areas is this operation's.
@@ -268,6 +280,11 @@ impl Device for CpuDevice {
         Ok(kv)
     }
 
+    fn randomise(&mut self, kv: &mut Kv) -> Result<(), DeviceError> {
+        kv.randomise();
+        Ok(())
+    }
+
     fn allocated(&self) -> Allocated {
         let workspace = self.allocated.workspace + self.packed.bytes() + self.exchange.bytes(self.rank);
         Allocated {
@@ -324,7 +341,7 @@ impl Device for CpuDevice {
                 table.read(token - mine.start, unsafe { area.part(row, 0) });
             }
         });
-        self.exchange.meet(self.rank)?;
+        self.meet()?;
         self.update_norm(step, norm, residual, normed, |row, x| {
             // SAFETY: after the meeting nobody writes this area before the next.
             let area = unsafe { self.exchange.partial(split.owner(step.ids[row] as usize), turn) };
@@ -466,7 +483,7 @@ impl Device for CpuDevice {
             // SAFETY: each row is one thread's.
             unsafe { area.part(row, 0) }.copy_from_slice(partial.row(row));
         });
-        self.exchange.meet(self.rank)?;
+        self.meet()?;
         self.update_norm(step, norm, residual, normed, |row, x| {
             for rank in 0..self.exchange.n_ranks() {
                 // SAFETY: after the meeting nobody writes this area before the next.
@@ -504,7 +521,7 @@ impl Device for CpuDevice {
                 head,
                 logits,
             );
-            self.exchange.meet(self.rank)?;
+            self.meet()?;
             outs.extend(self.answer(batch, n * HEAD_ROWS, split)?);
             if (n + 1) * HEAD_ROWS >= asks.len() {
                 // SAFETY: this rank's own area, whose readers finished before the last meeting.
@@ -513,7 +530,7 @@ impl Device for CpuDevice {
                 sampled.resize(asks.len(), 0);
                 outs.iter().for_each(|out: &HeadOut| sampled[out.ask] = out.token);
             }
-            self.exchange.meet(self.rank)?;
+            self.meet()?;
         }
         for (i, ask) in asks.iter().enumerate() {
             if let HeadUse::Sample { slot, .. } = ask.what {
@@ -525,6 +542,8 @@ impl Device for CpuDevice {
             outs,
             fingerprint,
             replayed: false,
+            exchanged: (n_ranks > 1).then(|| std::mem::take(&mut self.exchanged)),
+            op_times: Vec::new(),
         });
         Ok(())
     }

@@ -25,7 +25,7 @@ const HOPPER_HEADS: usize = 2;
 pub(super) const HOPPER_SHARED: u32 =
     ((HOPPER_HEADS * TILE_ROWS + 4 * HOPPER_KEYS) * HOPPER_DIM * BF16 + 1024) as u32;
 /// Query heads that share a pass of `attention.cu` over keys and values.
-const SHARED_HEADS: usize = 4;
+const SHARED_HEADS: usize = 8;
 /// Most parts of a context: a warp merges them, a lane each.
 const SPLITS_MAX: usize = 32;
 /// Fewest tokens of a part, as `attention.cu` cuts them: below, starting and merging cost more than reading.

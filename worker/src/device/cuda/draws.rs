@@ -13,7 +13,7 @@ use swallow_schedule::SeqId;
 use super::{
     CudaDevice, CudaSpec, F32,
     driver::{Arg, Gpu, Memory, Pinned, Plain},
-    head::{HARD_TOP_MIN, batch, locked},
+    head::{HARD_TOP_MIN, LATER_MAX, batch, locked},
     upload::NO_SLOT,
 };
 use crate::{
@@ -95,13 +95,15 @@ pub(super) struct Drawn {
     first_top: usize,
 }
 
-/// How the asks of a step are answered. Those in neither list are plain.
+/// How the asks of a step are answered. Those in none of the lists are plain.
 #[derive(Default)]
 pub(super) struct Plan {
     /// By the GPU, in ascending order.
     pub(super) drawn: Vec<Drawn>,
-    /// By samplers, in ascending order.
+    /// By samplers, before anything goes on, in ascending order.
     pub(super) hard: Vec<usize>,
+    /// By samplers, when the step has landed, in ascending order: no row waits for their tokens.
+    pub(super) later: Vec<usize>,
     n_edits: usize,
     n_listed: usize,
 }
@@ -356,8 +358,12 @@ impl CudaDevice {
         let even = is_even(&self.spec);
         for (i, ask) in meta.asks.iter().enumerate() {
             if matches!(ask.what, HeadUse::Sample { .. }) && locked(ask).params().grammar.is_some() {
-                // Only the sampler knows which tokens may come.
-                plan.hard.push(i);
+                // Only the sampler knows which tokens may come. The scheduler plans no row of the sequence until it has
+                // this token.
+                match plan.later.len() < LATER_MAX {
+                    true => plan.later.push(i),
+                    false => plan.hard.push(i),
+                }
                 continue;
             }
             let Some(what) = what(ask, self.spec.split.n_vocab()) else {

@@ -264,6 +264,13 @@ impl Gpu {
         self.clear_part(memory, 0, memory.bytes)
     }
 
+    /// Fills an allocation with a byte, in the stream's order.
+    pub(super) fn set_bytes(&self, memory: &Memory, byte: u8) -> Result<(), DeviceError> {
+        // SAFETY: the range is the allocation.
+        let code = unsafe { (self.driver.set_bytes)(memory.address, byte, memory.bytes, self.stream) };
+        self.check(code, "cuMemsetD8Async")
+    }
+
     /// Fills part of an allocation with zero bytes, in the stream's order.
     pub(super) fn clear_part(&self, memory: &Memory, from: usize, bytes: usize) -> Result<(), DeviceError> {
         memory.at(from + bytes); // is within

@@ -2,9 +2,10 @@
 //!
 //! The likeliest token of every asked row is found on the GPU, kept there for the next step, and costs the host eight
 //! bytes, which it reads when the step has landed. Rows whose sampler wants more than that (a temperature, penalties,
-//! log-probabilities) are drawn and scored after it, see `draws.rs`. Few want what there is no room for: they come out as
-//! logits, 64 at a time, and go through the sampler itself, on as many threads as the machine has; their tokens go back
-//! to the GPU before the next step begins.
+//! log-probabilities) are drawn and scored after it, see `draws.rs`. What is left comes out as logits and goes through
+//! the sampler itself, on as many threads as the machine has. Rows that are held to a grammar do so when the step has
+//! landed: the next step has no row of theirs, and is computed in the meantime. Few others want what there is no room for:
+//! they hold up everything, 64 at a time, and their tokens go back to the GPU before the next step begins.
 
 use std::{
     ops::Range,
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     device::{
-        AHEAD_MAX, DeviceError, HeadAsk, HeadOut, HeadUse, Landed, StepMeta, VocabSplit,
+        AHEAD_MAX, DeviceError, HeadAsk, HeadOut, HeadUse, Landed, StepMeta,
         cpu::{HEAD_ROWS, respond},
     },
     sampling::Sampler,
@@ -33,6 +34,8 @@ const BATCH_MAX: usize = 256;
 const PARTS: usize = 64;
 /// So many listed alternatives are a sampler's work.
 pub(super) const HARD_TOP_MIN: usize = 129;
+/// Rows of a step that are answered after it has landed, at most; a step has room for their logits on the host.
+pub(super) const LATER_MAX: usize = HEAD_ROWS;
 /// A logit and its token in one number, as `head.cu` makes it.
 const BEST: usize = size_of::<u64>();
 /// That the logits of a row are not finite numbers.
@@ -59,6 +62,8 @@ struct Side {
     /// The best of each ask.
     best: Pinned<u64>,
     hash: Pinned<u64>,
+    /// This rank's logits of the asks that samplers answer later, one row after the other.
+    later: Pinned<f32>,
     /// All of it is there.
     done: Event,
 }
@@ -93,6 +98,7 @@ impl Head {
             Ok(Side {
                 best: gpu.pinned(spec.max_rows)?,
                 hash: gpu.pinned(1)?,
+                later: gpu.pinned(LATER_MAX * shard)?,
                 done: gpu.event(false)?,
             })
         };
@@ -175,7 +181,6 @@ impl CudaDevice {
         step: &CudaStep,
         normed: &Rows,
         head: &Matrix,
-        split: &VocabSplit,
     ) -> Result<(), DeviceError> {
         let (meta, side) = (Arc::clone(&step.meta), step.side);
         let plan = self.plan_draws(&meta, side)?;
@@ -188,6 +193,7 @@ impl CudaDevice {
             let to = &mut self.head.sides[side].best[first..past];
             self.gpu.copy_out(to, self.head.best.address)?;
             self.draw_rows(within(&plan.drawn, |drawn| drawn.ask, first..past), batch.len())?;
+            self.fetch_later(&plan, first..past, side, head.outs)?;
             let hard = &plan.hard[within(&plan.hard, |&ask| ask, first..past)];
             if !hard.is_empty() {
                 // Samplers learn what came before first.
@@ -195,7 +201,7 @@ impl CudaDevice {
             }
             for some in hard.chunks(HEAD_ROWS) {
                 let some: Vec<usize> = some.iter().map(|ask| ask - first).collect();
-                answered.extend(self.ask_samplers(batch, first, &some, split, head.outs)?);
+                answered.extend(self.ask_samplers(batch, first, &some, head.outs)?);
             }
         }
         if !plan.hard.is_empty() {
@@ -229,7 +235,9 @@ impl CudaDevice {
             };
         }
         let flight = self.flights.pop_front().expect("seen just now");
-        self.read(flight).map(Some)
+        let mut landed = self.read(flight)?;
+        landed.op_times = self.op_times()?;
+        Ok(Some(landed))
     }
 
     /// Waits for all queued steps.
@@ -295,6 +303,7 @@ impl CudaDevice {
         };
         let operands = buffers.operands(head);
         self.multiply(shape, operands)?;
+        self.mark_product(shape)?;
         let buffers = &self.head;
         let first_token = self.spec.split.range(self.spec.shard.rank).start as u32;
         let mut arguments = [
@@ -340,11 +349,14 @@ impl CudaDevice {
     fn read(&self, flight: Flight) -> Result<Landed, DeviceError> {
         let (rank, n_ranks) = (self.spec.shard.rank, self.spec.shard.of);
         let side = &self.head.sides[flight.side];
-        let mut outs = flight.answered;
+        let mut outs = self.answer_later(&flight)?;
+        outs.extend(flight.answered);
         let mut drawn = flight.plan.drawn.iter().enumerate().peekable();
         let mut hard = flight.plan.hard.iter().peekable();
+        let mut later = flight.plan.later.iter().peekable();
         for (i, ask) in flight.meta.asks.iter().enumerate() {
-            if hard.next_if(|&&hard| hard == i).is_some() {
+            let by_sampler = [&mut hard, &mut later].map(|asks| asks.next_if(|&&ask| ask == i));
+            if by_sampler.iter().any(Option::is_some) {
                 continue;
             }
             let (token, score) = match drawn.next_if(|(_, drawn)| drawn.ask == i) {
@@ -370,6 +382,8 @@ impl CudaDevice {
             outs,
             fingerprint: side.hash[0],
             replayed: flight.replayed,
+            exchanged: None,
+            op_times: Vec::new(),
         })
     }
 
@@ -379,33 +393,78 @@ impl CudaDevice {
         batch: &[HeadAsk],
         first: usize,
         some: &[usize],
-        split: &VocabSplit,
         width: usize,
     ) -> Result<Vec<HeadOut>, DeviceError> {
-        let (exchange, rank, n_ranks) = (&self.exchange, self.spec.shard.rank, self.spec.shard.of);
         // SAFETY: this rank's own area, whose readers finished before the last meeting.
-        let (area, stride) = unsafe { exchange.logits_mut(rank) }.all_mut();
+        let (area, stride) = unsafe { self.exchange.logits_mut(self.spec.shard.rank) }.all_mut();
         for (to, &i) in area.chunks_mut(stride).zip(some) {
             self.gpu
                 .copy_out(&mut to[..width], self.head.logits.at(i * width * F32))?;
         }
         self.settle()?;
+        let asks: Vec<usize> = some.iter().map(|i| first + i).collect();
+        self.respond_all(batch, first, &asks)
+    }
+
+    /// Sends the logits of asks of a batch, `range` of the step's, that are answered later on their way to the host.
+    fn fetch_later(
+        &mut self,
+        plan: &Plan,
+        range: Range<usize>,
+        side: usize,
+        width: usize,
+    ) -> Result<(), DeviceError> {
+        for at in within(&plan.later, |&ask| ask, range.clone()) {
+            let row = plan.later[at] - range.start;
+            let to = &mut self.head.sides[side].later[at * width..(at + 1) * width];
+            self.gpu.copy_out(to, self.head.logits.at(row * width * F32))?;
+        }
+        Ok(())
+    }
+
+    /// Answers those of a step's later asks that are this rank's. Ranks read their steps in the same order, and all that
+    /// are done before they meet for another, so that they meet for the same one.
+    fn answer_later(&self, flight: &Flight) -> Result<Vec<HeadOut>, DeviceError> {
+        if flight.plan.later.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rank = self.spec.shard.rank;
+        let width = self.spec.split.range(rank).len();
+        let rows = self.head.sides[flight.side].later.chunks(width);
+        // SAFETY: this rank's own area, whose readers finished before the last meeting.
+        let (area, stride) = unsafe { self.exchange.logits_mut(rank) }.all_mut();
+        for (to, row) in area.chunks_mut(stride).zip(rows).take(flight.plan.later.len()) {
+            to[..width].copy_from_slice(row);
+        }
+        self.respond_all(&flight.meta.asks, 0, &flight.plan.later)
+    }
+
+    /// Lets samplers answer those of `asks` that are this rank's. Each rank has put its logits of the n-th of them in row
+    /// n of its area; the first of `from` is the step's ask number `first`.
+    fn respond_all(
+        &self,
+        from: &[HeadAsk],
+        first: usize,
+        asks: &[usize],
+    ) -> Result<Vec<HeadOut>, DeviceError> {
+        let (exchange, rank, n_ranks) = (&self.exchange, self.spec.shard.rank, self.spec.shard.of);
+        let n_vocab = self.spec.split.n_vocab();
         exchange.meet(rank)?;
-        let mine: Vec<(usize, usize)> = some
+        let mine: Vec<(usize, usize)> = asks
             .iter()
             .copied()
             .enumerate()
-            .filter(|(_, i)| (first + i) % n_ranks == rank)
+            .filter(|(_, ask)| ask % n_ranks == rank)
             .collect();
         let outs = mine
             .par_iter()
-            .map(|&(at, i)| {
-                let mut row = Vec::with_capacity(split.n_vocab());
+            .map(|&(at, ask)| {
+                let mut row = Vec::with_capacity(n_vocab);
                 for rank in 0..n_ranks {
                     // SAFETY: between the meetings before and after answering nobody writes logits.
                     row.extend_from_slice(unsafe { exchange.logits(rank) }.row(at));
                 }
-                respond(&batch[i], first + i, &mut row)
+                respond(&from[ask - first], ask, &mut row)
             })
             .collect();
         exchange.meet(rank)?;

@@ -53,6 +53,7 @@ pub(super) const SOURCES: &[SourceFile] = sources![
     "rope",
     "sample",
     "skinny",
+    "stream",
 ];
 
 /// Where an image keeps kernels that were made ahead.

@@ -18,6 +18,8 @@ mod nccl;
 mod nvrtc;
 mod ops;
 mod peaks;
+mod product;
+mod profile;
 mod recording;
 mod upload;
 
@@ -35,6 +37,7 @@ use self::{
     load::Staging,
     nccl::Comm,
     ops::Kernels,
+    profile::Profile,
     recording::Recordings,
     upload::Uploads,
 };
@@ -46,6 +49,7 @@ pub use self::{
     libs::LibraryError,
     nccl::GroupId,
     peaks::{Peaks, measure as measure_peaks},
+    product::{ProductCheck, check_products},
 };
 
 /// Sets what NVIDIA's libraries read when they are opened. No NVLink multicast: a program that ends badly while it uses
@@ -92,6 +96,8 @@ pub struct CudaSpec {
     pub portable: bool,
     /// Try ways to multiply, and take the fastest.
     pub tuned: bool,
+    /// Tell where the time of each step goes; nothing is recorded then.
+    pub profile: bool,
 }
 
 /// One rank on one GPU.
@@ -125,6 +131,7 @@ pub struct CudaDevice {
     side: usize,
     allocated: Allocated,
     disturbed: bool,
+    profile: Option<Profile>,
 }
 
 /// Weights `[outs, ins]`.
@@ -244,6 +251,7 @@ impl CudaDevice {
                 ..Allocated::default()
             },
             disturbed: false,
+            profile: spec.profile.then(|| Profile::new(&gpu)).transpose()?,
             spec,
             gpu,
             kernels,

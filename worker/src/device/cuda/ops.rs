@@ -18,7 +18,7 @@ use crate::device::{
 };
 
 /// Threads of a block of most kernels.
-const THREADS: u32 = 256;
+pub(super) const THREADS: u32 = 256;
 /// Sizes of steps up to this are made ready for at start; of longer ones the first of each size takes a little longer.
 const PREPARED_ROWS: usize = 2048;
 /// Widths that kernels read and write sixteen bytes at a time.
@@ -28,6 +28,7 @@ const VECTOR: usize = 8;
 pub(super) struct Kernels {
     pub(super) embed: Kernel,
     pub(super) fill_random: Kernel,
+    pub(super) read_stream: Kernel,
     pub(super) add_norm: Kernel,
     pub(super) silu_mul: Kernel,
     turns: Kernel,
@@ -47,7 +48,7 @@ pub(super) struct Kernels {
     pub(super) sample_rows: Kernel,
     pub(super) count_tokens: Kernel,
     /// Of few rows: by the numbers of the result, bf16 and fp32, and up to 8 and 16 rows.
-    products: [[Kernel; 2]; 2],
+    pub(super) products: [[Kernel; 2]; 2],
 }
 
 impl Kernels {
@@ -80,6 +81,7 @@ impl Kernels {
         Ok(Self {
             embed: chained("embed", "embed")?,
             fill_random: kernel("fill", "fill_random", 0)?,
+            read_stream: kernel("stream", "read_stream", 0)?,
             add_norm: chained("norm", "add_norm")?,
             silu_mul: chained("norm", "silu_mul")?,
             turns: chained("rope", "turns")?,
@@ -176,86 +178,6 @@ impl Kernels {
             columns: 0..columns,
         };
         self.fill_part(gpu, to, tensor, &part)
-    }
-}
-
-/// Rows that `skinny.cu` multiplies at most.
-const SKINNY_ROWS: usize = 16;
-/// Numbers of a row of the matrix that it takes at a time.
-const SKINNY_STEP: usize = 2048;
-/// How much longer than the library's, alone, a product of ours may take: in a chain it begins before the kernel before
-/// it is done, which no measurement of one product shows.
-const SKINNY_SLACK: f64 = 1.05;
-
-/// Whether `skinny.cu` has this shape.
-fn is_skinny(shape: &Shape) -> bool {
-    (1..=SKINNY_ROWS).contains(&shape.m) && shape.n.is_multiple_of(16) && shape.k.is_multiple_of(SKINNY_STEP)
-}
-
-impl Kernels {
-    /// A product of few rows by our own kernel.
-    fn product(&self, gpu: &Gpu, shape: Shape, operands: Operands) -> Result<(), DeviceError> {
-        assert!(is_skinny(&shape));
-        let kernel = &self.products[usize::from(shape.out == Out::F32)][usize::from(shape.m > 8)];
-        let mut arguments = [
-            operands.x.into(),
-            operands.w.into(),
-            operands.out.into(),
-            (shape.m as u32).into(),
-            (shape.n as u32).into(),
-            (shape.k as u32).into(),
-        ];
-        let grid = [(shape.n / 16) as u32, 1, 1];
-        // SAFETY: the parameters of the products; the operands are dense matrices of the shape's sizes, which the caller's
-        // types ensure.
-        unsafe { gpu.launch(kernel, grid, [THREADS, 1, 1], 0, &mut arguments) }
-    }
-}
-
-impl CudaDevice {
-    /// A product, by whichever kernel was found to be faster.
-    pub(super) fn multiply(&mut self, shape: Shape, operands: Operands) -> Result<(), DeviceError> {
-        if self.own_products.contains(&shape) {
-            return self.kernels.product(&self.gpu, shape, operands);
-        }
-        self.blas.multiply(shape, operands)
-    }
-
-    /// Finds out for which sizes of step our own kernel is as fast as the library.
-    fn try_own(
-        &mut self,
-        room: usize,
-        (n, k, out): (usize, usize, Out),
-        operands: Operands,
-    ) -> Result<(), DeviceError> {
-        let mut sizes: Vec<usize> = (1..=SKINNY_ROWS).map(|rows| size(rows).min(room)).collect();
-        sizes.dedup();
-        for shape in sizes
-            .into_iter()
-            .map(|m| Shape { m, n, k, out })
-            .filter(is_skinny)
-        {
-            if !self.spec.tuned {
-                self.own_products.insert(shape);
-                continue;
-            }
-            let (kernels, gpu) = (&self.kernels, &self.gpu);
-            let library = self.blas.seconds(shape, operands)?;
-            let own = self.blas.timed(|| kernels.product(gpu, shape, operands))?;
-            let (Some(library), Some(own)) = (library, own) else {
-                continue;
-            };
-            tracing::debug!(
-                ?shape,
-                library_us = library * 1e6,
-                own_us = own * 1e6,
-                "product of few rows tried"
-            );
-            if own <= SKINNY_SLACK * library {
-                self.own_products.insert(shape);
-            }
-        }
-        Ok(())
     }
 }
 
@@ -381,6 +303,16 @@ impl Device for CudaDevice {
         Ok(kv)
     }
 
+    fn randomise(&mut self, kv: &mut Kv) -> Result<(), DeviceError> {
+        let heads = kv.shape.heads;
+        let rows = (kv.shape.n_blocks + 1) * kv.shape.block_tokens * heads.n_kv;
+        for half in 0..2 * kv.shape.n_layers {
+            let to = kv.memory.address + (half * Kv::half_bytes(&kv.shape)) as u64;
+            self.kernels.fill(&self.gpu, to, half as u64, (rows, heads.dim))?;
+        }
+        Ok(())
+    }
+
     fn allocated(&self) -> Allocated {
         self.allocated
     }
@@ -405,7 +337,9 @@ impl Device for CudaDevice {
     ) -> Result<CudaStep, DeviceError> {
         let side = self.take_side();
         let layout = self.recorded_layout(&meta);
+        self.begin_profile()?;
         let uploaded = self.uploads.upload(&self.gpu, &meta, side, layout)?;
+        self.mark("upload", 0, 0)?;
         Ok(self.step(meta, side, uploaded, (inv_freq.memory.address, half)))
     }
 
@@ -448,7 +382,12 @@ impl Device for CudaDevice {
                 Numbers::F32,
             )?;
         }
-        self.add_norm(step, None, norm, residual, normed)
+        self.add_norm(step, None, norm, residual, normed)?;
+        self.mark(
+            "embedding and first norm",
+            step.n_rows() * residual.width * 3 * BF16,
+            0,
+        )
     }
 
     fn linear(&mut self, step: &CudaStep, x: &Rows, w: &Matrix, out: &mut Rows) -> Result<(), DeviceError> {
@@ -464,7 +403,8 @@ impl Device for CudaDevice {
             w: w.memory.address,
             out: out.memory.address,
         };
-        self.multiply(shape, operands)
+        self.multiply(shape, operands)?;
+        self.mark_product(shape)
     }
 
     fn prepare(&mut self, x: &Rows, w: &Matrix, out: &Rows) -> Result<(), DeviceError> {
@@ -518,8 +458,9 @@ impl Device for CudaDevice {
         // SAFETY: the parameters of `rope_write`; places were checked against the pool, and differ between rows.
         unsafe {
             self.gpu
-                .launch(&self.kernels.rope_write, grid, [THREADS, 1, 1], 0, &mut arguments)
+                .launch(&self.kernels.rope_write, grid, [THREADS, 1, 1], 0, &mut arguments)?;
         }
+        self.mark("rope_write", 2 * step.n_rows() * qkv.width * BF16, 0)
     }
 
     fn attention(
@@ -533,7 +474,8 @@ impl Device for CudaDevice {
     ) -> Result<(), DeviceError> {
         assert!(qkv.width == heads.qkv_width() && out.width == heads.n_q * heads.dim);
         let on = (&*self.gpu, &self.kernels);
-        self.attention.attend(on, step, layer, qkv, kv, out)
+        self.attention.attend(on, step, layer, qkv, kv, out)?;
+        self.mark_attention(step, kv, [qkv, out])
     }
 
     fn silu_mul(&mut self, step: &CudaStep, gate_up: &Rows, out: &mut Rows) -> Result<(), DeviceError> {
@@ -550,8 +492,9 @@ impl Device for CudaDevice {
         // SAFETY: the parameters of `silu_mul`.
         unsafe {
             self.gpu
-                .launch(&self.kernels.silu_mul, grid, [THREADS, 1, 1], 0, &mut arguments)
+                .launch(&self.kernels.silu_mul, grid, [THREADS, 1, 1], 0, &mut arguments)?;
         }
+        self.mark("silu_mul", 3 * step.n_rows() * width * BF16, 0)
     }
 
     fn reduce_add_norm(
@@ -573,8 +516,11 @@ impl Device for CudaDevice {
                 step.n_rows() * partial.width,
                 Numbers::Bf16,
             )?;
+            self.mark("sum over ranks", 2 * step.n_rows() * partial.width * BF16, 0)?;
         }
-        self.add_norm(step, Some(partial), norm, residual, normed)
+        self.add_norm(step, Some(partial), norm, residual, normed)?;
+        // The residual stream is read and written in fp32.
+        self.mark("add_norm", step.n_rows() * residual.width * 2 * (F32 + BF16), 0)
     }
 
     fn recordable(&self) -> Vec<usize> {
@@ -605,7 +551,8 @@ impl Device for CudaDevice {
         assert_eq!(head.outs, split.range(self.spec.shard.rank).len());
         self.fingerprint(step, residual)?;
         let n = step.n_asks.min(self.head.batch());
-        self.logits(step, 0, n, normed, head)
+        self.logits(step, 0, n, normed, head)?;
+        self.mark("likeliest tokens", n * head.outs * F32, 0)
     }
 
     fn head_sample(
@@ -614,9 +561,10 @@ impl Device for CudaDevice {
         _residual: &Rows,
         normed: &Rows,
         head: &Matrix,
-        split: &VocabSplit,
+        _split: &VocabSplit,
     ) -> Result<(), DeviceError> {
-        self.sample(&step, normed, head, split)
+        self.sample(&step, normed, head)?;
+        self.mark("drawing and copies", 0, 0)
     }
 
     fn land(&mut self) -> Result<Option<Landed>, DeviceError> {

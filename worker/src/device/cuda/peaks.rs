@@ -16,6 +16,8 @@ pub struct Peaks {
     pub name: String,
     /// A copy within the GPU's memory, bytes read and written.
     pub bytes_per_s: f64,
+    /// Reading alone.
+    pub read_bytes_per_s: f64,
     /// A matrix product of 8192 x 8192 x 8192 bf16 numbers, a multiplication with its addition as two.
     pub flops_per_s: f64,
 }
@@ -38,6 +40,7 @@ pub fn measure() -> Result<Peaks, DeviceError> {
     ];
     let [a, b] = memory.each_ref().map(|memory| memory.address);
     let copy = median(&gpu, || gpu.copy_within(b, a, COPY_BYTES))?;
+    let read = median(&gpu, || read_stream(&gpu, &kernels, [a, b]))?;
     // Random numbers: zeros multiply faster.
     for (n, to) in [a, a + (SIDE * SIDE * BF16) as u64].into_iter().enumerate() {
         kernels.fill(&gpu, to, n as u64, (SIDE, SIDE))?;
@@ -57,8 +60,24 @@ pub fn measure() -> Result<Peaks, DeviceError> {
     Ok(Peaks {
         name: gpu.name.clone(),
         bytes_per_s: 2.0 * COPY_BYTES as f64 / copy,
+        read_bytes_per_s: COPY_BYTES as f64 / read,
         flops_per_s: 2.0 * (SIDE as f64).powi(3) / product,
     })
+}
+
+fn read_stream(gpu: &Gpu, kernels: &Kernels, [from, sink]: [u64; 2]) -> Result<(), DeviceError> {
+    /// Of a block; as many blocks as a multiprocessor holds.
+    const THREADS: u32 = 512;
+    const BLOCKS: u32 = 4;
+    const VECTOR_BYTES: usize = 16;
+    let mut arguments = [
+        from.into(),
+        ((COPY_BYTES / VECTOR_BYTES) as u64).into(),
+        sink.into(),
+    ];
+    let grid = [BLOCKS * gpu.n_sm, 1, 1];
+    // SAFETY: the parameters of `read_stream`; `from` has so many vectors, `sink` a word.
+    unsafe { gpu.launch(&kernels.read_stream, grid, [THREADS, 1, 1], 0, &mut arguments) }
 }
 
 /// Median seconds of a launch, after three to warm up.

@@ -5,16 +5,17 @@
 //! while it may still be the beginning of a call of a known name; what turns out to be none is text, whole.
 
 use serde_json::{Map, Value};
+use uuid::Uuid;
 
 /// The text of the token with which Llama 3 marks calls.
-pub(super) const TAG: &str = "<|python_tag|>";
+pub(crate) const TAG: &str = "<|python_tag|>";
 
 /// What models write between calls.
 const BETWEEN: &[char] = &[' ', '\n', '\t', '\r', ';', ','];
 
 /// What came.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Heard {
+pub(crate) enum Heard {
     Text(String),
     /// A call of this function begins, the next after those before.
     Call(String),
@@ -22,9 +23,23 @@ pub(super) enum Heard {
     Arguments(String),
 }
 
+/// A whole call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) id: String,
+    pub(crate) name: String,
+    /// JSON.
+    pub(crate) arguments: String,
+}
+
+/// A name for a call that nobody else has.
+pub(crate) fn new_id() -> String {
+    format!("call_{}", Uuid::new_v4().simple())
+}
+
 /// Reads one answer.
 #[derive(Debug)]
-pub(super) struct Calls {
+pub(crate) struct Calls {
     names: Vec<String>,
     /// Calls that are told; further ones are dropped.
     most: usize,
@@ -77,7 +92,7 @@ enum Step {
 
 impl Calls {
     /// Of these functions; so many at most.
-    pub(super) fn new(names: &[String], most: usize) -> Self {
+    pub(crate) fn new(names: &[String], most: usize) -> Self {
         Self {
             names: names.to_vec(),
             most,
@@ -89,12 +104,32 @@ impl Calls {
     }
 
     /// Calls so far.
-    pub(super) fn n_calls(&self) -> usize {
+    pub(crate) fn n_calls(&self) -> usize {
         self.n_calls.min(self.most)
     }
 
+    /// The text of a whole answer without its calls, and these.
+    pub(crate) fn split(mut self, text: &str) -> (String, Vec<Call>) {
+        let mut heard = self.push(text);
+        heard.extend(self.finish());
+        let (mut rest, mut found) = (String::new(), Vec::<Call>::new());
+        for what in heard {
+            match (what, found.last_mut()) {
+                (Heard::Text(more), _) => rest += &more,
+                (Heard::Call(name), _) => found.push(Call {
+                    id: new_id(),
+                    name,
+                    arguments: String::new(),
+                }),
+                (Heard::Arguments(more), Some(call)) => call.arguments += &more,
+                (Heard::Arguments(_), None) => unreachable!("a call begins with its name"),
+            }
+        }
+        (rest, found)
+    }
+
     /// More text.
-    pub(super) fn push(&mut self, text: &str) -> Vec<Heard> {
+    pub(crate) fn push(&mut self, text: &str) -> Vec<Heard> {
         self.held.push_str(text);
         let mut heard = Vec::new();
         while self.step(&mut heard) {}
@@ -102,7 +137,7 @@ impl Calls {
     }
 
     /// There is no more.
-    pub(super) fn finish(&mut self) -> Vec<Heard> {
+    pub(crate) fn finish(&mut self) -> Vec<Heard> {
         let mut heard = Vec::new();
         match std::mem::replace(&mut self.state, State::Text) {
             State::Python => match python(&self.held, &self.names) {

@@ -3,7 +3,6 @@
 
 use serde_json::{Map, Value, json};
 
-use super::fields::Fields;
 use crate::{
     ask::Grammar,
     generate::{Chat, Invalid},
@@ -14,15 +13,16 @@ const MAX_NAME: usize = 64;
 
 /// What a request says of tools.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Tools {
+pub(crate) struct Tools {
     /// As the client gave them.
     list: Vec<Value>,
     names: Vec<String>,
     choice: Choice,
 }
 
+/// What a client wants done with them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Choice {
+pub(crate) enum Choice {
     /// The model is not told of any.
     None,
     /// It decides.
@@ -34,9 +34,8 @@ enum Choice {
 }
 
 impl Tools {
-    /// A request's own.
-    pub(super) fn read(fields: &mut Fields) -> Result<Self, Invalid> {
-        let list = fields.array("tools")?.unwrap_or_default();
+    /// Functions as OpenAI writes them; without a choice the model decides.
+    pub(crate) fn new(list: Vec<Value>) -> Result<Self, Invalid> {
         if list.len() > MAX_TOOLS {
             return Err(Invalid::new("tools", format!("must be at most {MAX_TOOLS}")));
         }
@@ -61,33 +60,14 @@ impl Tools {
     }
 
     /// And what the client wants done with them.
-    pub(super) fn choose(&mut self, fields: &mut Fields) -> Result<(), Invalid> {
+    pub(crate) fn choose(&mut self, choice: Choice) -> Result<(), Invalid> {
         const FIELD: &str = "tool_choice";
-        let unknown = || {
-            let why =
-                "must be none, auto, required, or {\"type\": \"function\", \"function\": {\"name\": ...}}";
-            Invalid::new(FIELD, why)
-        };
-        let choice = match fields.take(FIELD) {
-            None => return Ok(()),
-            Some(Value::String(choice)) => match choice.as_str() {
-                "none" => Choice::None,
-                "auto" => Choice::Auto,
-                "required" => Choice::Required,
-                _ => return Err(unknown()),
-            },
-            Some(named) if named["type"] == "function" => {
-                let name = named["function"]["name"].as_str().ok_or_else(unknown)?;
-                if !self.names.iter().any(|known| known == name) {
-                    return Err(Invalid::new(
-                        FIELD,
-                        format!("names '{name}', which is not among tools"),
-                    ));
-                }
-                Choice::Named(name.to_owned())
-            }
-            Some(_) => return Err(unknown()),
-        };
+        if let Choice::Named(name) = &choice
+            && !self.names.contains(name)
+        {
+            let why = format!("names '{name}', which is not among tools");
+            return Err(Invalid::new(FIELD, why));
+        }
         if self.list.is_empty() && choice != Choice::None {
             return Err(Invalid::new(FIELD, "needs tools"));
         }
@@ -96,7 +76,7 @@ impl Tools {
     }
 
     /// What the model may call; nothing: its answer is a text.
-    pub(super) fn callable(&self) -> &[String] {
+    pub(crate) fn callable(&self) -> &[String] {
         if self.choice == Choice::None {
             &[]
         } else {
@@ -105,7 +85,7 @@ impl Tools {
     }
 
     /// Lets the conversation's template see them.
-    pub(super) fn show(&self, chat: &mut Chat) {
+    pub(crate) fn show(&self, chat: &mut Chat) {
         if self.choice != Choice::None {
             let tools = Value::Array(self.list.clone());
             chat.args.insert("tools".to_owned(), tools);
@@ -113,7 +93,7 @@ impl Tools {
     }
 
     /// The output's grammar, where it has to be a call: one of the allowed ones, as Llama 3 writes it.
-    pub(super) fn grammar(&self, given: Option<Grammar>) -> Result<Option<Grammar>, Invalid> {
+    pub(crate) fn grammar(&self, given: Option<Grammar>) -> Result<Option<Grammar>, Invalid> {
         if given.is_some() && self.choice != Choice::None {
             let why = "can't be given beside tools: an output that follows it can't be a call; set tool_choice to none";
             return Err(Invalid::new("response_format", why));
@@ -191,7 +171,7 @@ fn move_references(schema: &mut Value, root: &str) {
 }
 
 /// The calls of an earlier answer, with arguments as templates want them: as objects.
-pub(super) fn earlier_calls(field: &str, calls: Vec<Value>) -> Result<Value, Invalid> {
+pub(crate) fn earlier_calls(field: &str, calls: Vec<Value>) -> Result<Value, Invalid> {
     let call = |(i, mut call): (usize, Value)| {
         let invalid = |what: &str, why: &str| Invalid::new(format!("{field}[{i}].{what}"), why);
         if call["function"]["name"].as_str().is_none() {
@@ -219,12 +199,10 @@ pub(super) fn earlier_calls(field: &str, calls: Vec<Value>) -> Result<Value, Inv
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::openai::known::Page;
 
-    fn read(body: &Value) -> Result<Tools, Invalid> {
-        let mut fields = Fields::parse(Page::Chat, body.to_string().as_bytes())?;
-        let mut tools = Tools::read(&mut fields)?;
-        tools.choose(&mut fields)?;
+    fn chosen(tools: &Value, choice: Choice) -> Result<Tools, Invalid> {
+        let mut tools = Tools::new(tools.as_array().expect("a list").clone())?;
+        tools.choose(choice)?;
         Ok(tools)
     }
 
@@ -237,60 +215,59 @@ mod tests {
         let place =
             json!({"type": "object", "properties": {"at": {"$ref": "#/$defs/at"}}, "$defs": {"at": {}}});
         let tools = json!([function("now", Value::Null), function("look", place)]);
-        let grammar = |choice: Value| {
-            let tools = read(&json!({"tools": tools, "tool_choice": choice})).expect("sound");
+        let grammar = |choice: Choice| {
+            let tools = chosen(&tools, choice).expect("sound");
             match tools.grammar(None).expect("one grammar") {
                 Some(Grammar::JsonSchema(schema)) => serde_json::from_str(&schema).expect("JSON"),
                 _ => Value::Null,
             }
         };
-        assert_eq!(grammar(json!("auto")), Value::Null);
-        let all = grammar(json!("required"));
+        assert_eq!(grammar(Choice::Auto), Value::Null);
+        let all = grammar(Choice::Required);
         assert_eq!(all["anyOf"][0]["properties"]["name"]["const"], "now");
         let parameters = &all["anyOf"][1]["properties"]["parameters"];
         assert_eq!(
             parameters["properties"]["at"]["$ref"],
             "#/anyOf/1/properties/parameters/$defs/at"
         );
-        let one = grammar(json!({"type": "function", "function": {"name": "look"}}));
+        let one = grammar(Choice::Named("look".into()));
         assert_eq!(one["anyOf"].as_array().map(Vec::len), Some(1));
         assert_eq!(one["anyOf"][0]["properties"]["name"]["const"], "look");
-        let none = read(&json!({"tools": tools, "tool_choice": "none"})).expect("sound");
+        let none = chosen(&tools, Choice::None).expect("sound");
         assert!(none.callable().is_empty());
         let regex = Some(Grammar::Regex("a".into()));
         assert_eq!(none.grammar(regex.clone()), Ok(regex.clone()));
-        let both = read(&json!({"tools": tools})).expect("sound");
+        let both = chosen(&tools, Choice::Auto).expect("sound");
         assert_eq!(both.grammar(regex).expect_err("two").field, "response_format");
     }
 
     #[test]
     fn what_is_no_tool_is_refused_by_its_place() {
         let f = function("f", Value::Null);
-        for (body, field) in [
-            (json!({"tools": [{"type": "web"}]}), "tools[0].type"),
-            (json!({"tools": [f, f]}), "tools[1].function.name"),
+        let many: Vec<Value> = (0..=MAX_TOOLS)
+            .map(|i| function(&format!("f{i}"), Value::Null))
+            .collect();
+        for (tools, choice, field) in [
+            (json!([{"type": "web"}]), Choice::Auto, "tools[0].type"),
+            (json!([f, f]), Choice::Auto, "tools[1].function.name"),
             (
-                json!({"tools": [function("a b", Value::Null)]}),
+                json!([function("a b", Value::Null)]),
+                Choice::Auto,
                 "tools[0].function.name",
             ),
             (
-                json!({"tools": [function("f", json!(3))]}),
+                json!([function("f", json!(3))]),
+                Choice::Auto,
                 "tools[0].function.parameters",
             ),
-            (json!({"tools": 1}), "tools"),
-            (json!({"tool_choice": "auto"}), "tool_choice"),
-            (json!({"tools": [f], "tool_choice": "some"}), "tool_choice"),
-            (
-                json!({"tools": [f], "tool_choice": {"type": "function", "function": {"name": "g"}}}),
-                "tool_choice",
-            ),
+            (json!(many), Choice::Auto, "tools"),
+            (json!([]), Choice::Auto, "tool_choice"),
+            (json!([f]), Choice::Named("g".into()), "tool_choice"),
         ] {
-            assert_eq!(read(&body).expect_err(field).field, field, "{body}");
+            assert_eq!(chosen(&tools, choice).expect_err(field).field, field, "{tools}");
         }
-        assert_eq!(
-            read(&json!({"tool_choice": "none"})).expect("nothing").callable(),
-            [""; 0]
-        );
+        let none = chosen(&json!([]), Choice::None).expect("nothing");
+        assert_eq!(none.callable(), [""; 0]);
     }
 
     #[test]
