@@ -54,6 +54,21 @@ fn text_flows_through_a_model_that_is_a_size_alone_and_ranks_change_nothing() {
     assert_eq!(answers(2), one, "two ranks");
 }
 
+/// On a machine without GPUs.
+#[test]
+fn a_missing_driver_is_told_in_the_workers_words() {
+    if swallow_tests::has_gpu() {
+        return;
+    }
+    let mut local = Local::start(&made(1, "").replace("device: CPU", "device: GPU"), &[]);
+    assert!(!local.wait().success());
+    let words = local.stderr();
+    assert!(
+        words.contains("--device=cuda: ") && words.contains("driver") && words.contains("libcuda.so.1"),
+        "{words}"
+    );
+}
+
 #[test]
 fn a_dummy_that_would_fetch_weights_is_refused() {
     let source = "    source:\n      type: HuggingFace\n      huggingFace: {repo: o/n, revision: \

@@ -4,21 +4,26 @@ use std::{
     collections::BTreeMap,
     fs,
     io::Read,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use serde_json::Value;
-use swallow_tests::{program, root};
+use swallow_tests::{has_gpu, program, root};
 
 const PROGRAMS: [&str; 3] = ["swallow-operator", "swallow-router", "swallow-worker"];
 
 fn build(out: &Path) {
+    build_with(out, &[]);
+}
+
+fn build_with(out: &Path, more: &[&Path]) {
     let operator = program("swallow-operator");
     let done = Command::new(root().join("deploy/images/build"))
         .arg(out)
         .arg("--bin-dir")
         .arg(operator.parent().expect("a program is in a folder"))
+        .args(more)
         .output()
         .expect("it can be run");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
@@ -112,4 +117,115 @@ fn images_are_the_same_every_time_and_hold_what_is_needed() {
         let programs = held.iter().filter(|path| path.contains("bin/")).count();
         assert_eq!(programs, 1, "no shell and no other program: {held:?}");
     }
+}
+
+/// As `--cuda` does it, with a library and a kernel that are none: the real ones have 700 MB, and `tests/cuda_image` looks
+/// at these.
+#[test]
+fn a_workers_image_for_gpus_has_libraries_with_what_they_need_and_asks_for_a_driver_alone() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = |name: &str| folder.path().join(name);
+    for name in ["libs", "kernels", "root"] {
+        fs::create_dir(path(name)).expect("the folder is ours");
+    }
+    fs::write(path("kernels").join("a-sm_90a.cubin"), "code").expect("the folder is ours");
+    fs::write(path("a.c"), "int answer(void) { return 42; }").expect("the folder is ours");
+    let library = path("libs").join("libnccl.so.2");
+    let mut compile = Command::new("cc");
+    compile
+        .args(["-shared", "-fPIC", "-o"])
+        .arg(&library)
+        .arg(path("a.c"));
+    // What NCCL needs, and no program of ours.
+    run(compile.args(["-Wl,--no-as-needed", "-lstdc++"]));
+    let out = path("out");
+    build_with(
+        &out,
+        &[
+            Path::new("--cuda-libs"),
+            &path("libs"),
+            Path::new("--cuda-kernels"),
+            &path("kernels"),
+        ],
+    );
+    let root = path("root");
+    for layer in ["base", "cuda-libraries", "cuda-kernels", "swallow-worker"] {
+        let layer = out.join(format!("layers/{layer}.tar.gz"));
+        run(Command::new("tar").arg("-xzf").arg(layer).arg("-C").arg(&root));
+    }
+    let held = files_below(&root);
+    let find = |name: &str| {
+        let found = held
+            .iter()
+            .find(|path| path.file_name().is_some_and(|file| file == name));
+        found.unwrap_or_else(|| panic!("the image has no {name}: {held:?}"))
+    };
+    assert_eq!(
+        find("libnccl.so.2").parent(),
+        find("libc.so.6").parent(),
+        "the loader looks there"
+    );
+    find("libstdc++.so.6");
+    assert!(root.join("usr/share/swallow/kernels/a-sm_90a.cubin").is_file());
+    let archive = files(&out.join("swallow-worker.tar"));
+    let layers = archive.keys().filter(|name| name.starts_with("blobs/")).count();
+    assert_eq!(layers, 6, "four layers, a manifest and a configuration");
+    if !has_gpu() {
+        asks_for_a_driver(&root, &held);
+    }
+}
+
+/// Runs the unpacked worker with its own loader and libraries.
+fn asks_for_a_driver(root: &Path, held: &[PathBuf]) {
+    let named = |begin: &str| {
+        let begins = |path: &&PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with(begin))
+        };
+        held.iter().find(begins).expect("it is in the image")
+    };
+    let output = Command::new(named("ld-linux"))
+        .args(["--inhibit-cache", "--library-path"])
+        .arg(named("libc.so.6").parent().expect("it is in a folder"))
+        .arg(root.join("usr/bin/swallow-worker"))
+        .args([
+            "serve",
+            "--device=cuda",
+            "--model=llama-3-8b",
+            "--load-format=dummy",
+            "--served-name=m",
+        ])
+        .args([
+            "--replica-id=r",
+            "--grpc-listen=127.0.0.1:0",
+            "--http-listen=127.0.0.1:0",
+        ])
+        .args(["--log-format=json"])
+        .output()
+        .expect("the loader starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    let errors: Vec<&str> = said.lines().filter(|line| line.contains("\"ERROR\"")).collect();
+    assert!(!output.status.success() && errors.len() == 1, "{said}");
+    assert!(
+        errors[0].contains("--device=cuda: NVIDIA's driver (libcuda.so.1) is missing"),
+        "{said}"
+    );
+}
+
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("it was unpacked").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(files_below(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found
+}
+
+fn run(command: &mut Command) {
+    let done = command.output().expect("it can be run");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 }

@@ -1,7 +1,7 @@
 """Writes the container images of our programs as OCI archives, with nothing but the standard library.
 
 Each image has two layers: what a program needs of the system (the C library, root certificates, a user), the same for all
-three images, and the program. A worker may have a third one, CUDA's libraries. The same inputs give the same
+three images, and the program. A worker for GPUs has two more: CUDA's libraries, and compiled kernels. The same inputs give the same
 bytes: members are sorted, and owners and times are zero. What the programs need is asked from `ldd`, so an
 image runs what was built beside it, and carries no shell and no package.
 
@@ -99,14 +99,29 @@ def base(programs):
     return layer
 
 
-def cuda(folder):
-    """CUDA's libraries, where the loader of a worker finds them."""
+def cuda_libraries(folder, base):
+    """CUDA's libraries beside the C library, where the loader finds them, and what they need beyond the base."""
     layer = Layer()
-    found = sorted(path for path in Path(folder).rglob("lib*.so*") if path.is_file())
+    found = sorted(path for path in folder.rglob("lib*.so*") if path.is_file())
     if not found:
         raise Missing(f"{folder} holds no libraries")
+    beside = next(os.path.dirname(path) for path in base.members if os.path.basename(path) == "libc.so.6")
     for path in found:
-        layer.file(f"/usr/lib/{platform.machine()}-linux-gnu/{path.name}", path.read_bytes(), 0o755)
+        layer.file(f"{beside}/{path.name}", path.read_bytes(), 0o755)
+    for library in sorted(set().union(*(libraries(path) for path in found))):
+        if library.strip("/") not in base.members:
+            layer.file(library, Path(library).read_bytes(), 0o755)
+    return layer
+
+
+def cuda_kernels(folder):
+    """Compiled kernels, where a worker looks first."""
+    layer = Layer()
+    found = sorted(path for path in folder.iterdir() if path.is_file())
+    if not found:
+        raise Missing(f"{folder} holds no kernels")
+    for path in found:
+        layer.file(f"/usr/share/swallow/kernels/{path.name}", path.read_bytes())
     return layer
 
 
@@ -200,15 +215,24 @@ def build(arguments):
         raise Missing(f"not built: {', '.join(absent)}; run `cargo build --release --bins` first")
     out = arguments.out
     (out / "layers").mkdir(parents=True, exist_ok=True)
-    common = packed(base(programs.values()))
+    system = base(programs.values())
+    common = packed(system)
     (out / "layers/base.tar.gz").write_bytes(common[1])
     for name, path in programs.items():
         program = Layer()
         program.file(f"/usr/bin/{name}", path.read_bytes(), 0o755)
         layers = [common, packed(program)]
         (out / f"layers/{name}.tar.gz").write_bytes(layers[-1][1])
-        if name == "swallow-worker" and arguments.cuda_libs:
-            layers.insert(1, packed(cuda(arguments.cuda_libs)))
+        if name == "swallow-worker":
+            # What changes with every version of ours comes last.
+            more = []
+            if arguments.cuda_libs:
+                more.append(("cuda-libraries", packed(cuda_libraries(arguments.cuda_libs, system))))
+            if arguments.cuda_kernels:
+                more.append(("cuda-kernels", packed(cuda_kernels(arguments.cuda_kernels))))
+            for layer, (_, compressed) in more:
+                (out / f"layers/{layer}.tar.gz").write_bytes(compressed)
+            layers[1:1] = [layer for _, layer in more]
         # containerd imports under the whole name, which is the one that a kubelet asks for.
         reference = f"docker.io/library/{name}:{arguments.version}"
         blobs, index, manifest = image(reference, program_config(name, arguments.version), layers)
@@ -223,6 +247,7 @@ def main():
     parser.add_argument("--bin-dir", type=Path, required=True)
     parser.add_argument("--version", required=True)
     parser.add_argument("--cuda-libs", type=Path)
+    parser.add_argument("--cuda-kernels", type=Path)
     try:
         build(parser.parse_args())
     except (Missing, OSError) as error:

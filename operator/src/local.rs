@@ -5,6 +5,7 @@
 //! about groups: that is the plan's. It runs on the one thread that starts every process, because the kernel ends a
 //! child with the thread that started it: no process outlives this one, however it ends.
 
+mod gpus;
 mod group;
 mod ports;
 mod prepare;

@@ -15,7 +15,7 @@ use swallow_plan::{
     model::{Device, SwallowModel, crd_value},
     objects, plan as decide, validate,
 };
-use swallow_proto::launch::DiscoverTarget;
+use swallow_proto::launch::{DiscoverTarget, RouterArgs};
 
 use crate::file::{Errors, model_name, shape};
 
@@ -104,10 +104,11 @@ impl Routers {
             args: shared.launch.args.clone(),
             ..launch.clone()
         };
-        let limits_agree = launch.args.max_queued_requests == shared.launch.args.max_queued_requests
-            && launch.args.max_queued_tokens == shared.launch.args.max_queued_tokens
-            && launch.args.max_queued_bytes == shared.launch.args.max_queued_bytes
-            && launch.args.max_queue_seconds == shared.launch.args.max_queue_seconds;
+        let settings = |args: &RouterArgs| RouterArgs {
+            drain_timeout_seconds: 0,
+            ..args.clone()
+        };
+        let limits_agree = settings(&launch.args) == settings(&shared.launch.args);
         if limits_agree && args == shared.launch {
             shared.targets.push(target);
             return Ok(());

@@ -86,9 +86,12 @@ impl Stage {
     }
 
     fn start(&self, yaml: &str) -> Local {
+        self.start_command(self.command(yaml))
+    }
+
+    fn start_command(&self, mut command: Command) -> Local {
         let stderr = fs::File::create(self.path("stderr")).expect("the folder is ours");
-        let mut child = self
-            .command(yaml)
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(stderr)
             .spawn()
@@ -386,16 +389,48 @@ fn programs_that_are_missing_or_broken_are_one_line() {
     all_gone(&stage.events("one"));
 }
 
+/// The same model on GPUs.
+fn on_gpus(yaml: &str) -> String {
+    yaml.replace(
+        "device: CPU}",
+        "device: GPU}\n  engine: {kvCache: {bytes: 1Gi}}\n  parallelism: {tensor: 2}",
+    )
+}
+
+#[test]
+fn each_group_sees_gpus_of_its_own() {
+    let stage = Stage::new();
+    let yaml = on_gpus(&stage.model("one", "{}"));
+    let mut command = stage.command(&yaml);
+    command.env("CUDA_VISIBLE_DEVICES", "6,4,2,0");
+    let mut local = stage.start_command(command);
+    local.line(&["ready"]);
+    let mut gpus: Vec<String> = stage
+        .events("one")
+        .iter()
+        .filter(|event| event["what"] == "start")
+        .map(|event| event["gpus"].as_str().expect("it is set").to_owned())
+        .collect();
+    gpus.sort();
+    assert_eq!(gpus, ["2,0", "6,4"]);
+
+    let mut command = stage.command(&yaml);
+    command.env("CUDA_VISIBLE_DEVICES", "0,1,2");
+    let output = command.output().expect("the operator starts");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(
+        stderr.contains("4 GPUs are needed for one (2 x 2)")
+            && stderr.contains("CUDA_VISIBLE_DEVICES names 3"),
+        "{stderr}"
+    );
+}
+
 #[test]
 fn what_needs_a_cluster_is_refused() {
     let stage = Stage::new();
     let good = stage.model("one", "{}");
     for (from, to, words) in [
-        (
-            "device: CPU",
-            "device: GPU",
-            "local mode starts CPU workers alone: set accelerator.device: CPU",
-        ),
         (
             "replicas: 2",
             "replcas: 2",

@@ -8,7 +8,7 @@ mod router;
 mod worker;
 
 pub use fetch::{FetchArgs, HUGGING_FACE, ProgressFormat};
-pub use router::{DiscoverTarget, GRPC_PORT_NAME, ReplicaAddress, RouterArgs};
+pub use router::{DiscoverTarget, GRPC_PORT_NAME, ReplicaAddress, RouterArgs, WORKER_TLS_NAME};
 pub use worker::{DeviceKind, Dtype, GenerationDefaults, Kernels, LoadFormat, PrefixCache, WorkerArgs};
 
 use clap::ValueEnum;

@@ -37,6 +37,7 @@ use crate::{
     discover::Discover,
     fleet::{Directory, FileCache, ModelEntry},
     observe::Observer,
+    tls::workers::WorkerTls,
     vital::Vitals,
 };
 
@@ -72,6 +73,8 @@ pub struct DispatchConfig {
     pub pong_limit: Duration,
     /// Waits between attempts to reach a replica: the first, and what doubling leads to.
     pub reconnect: (Duration, Duration),
+    /// What sessions are secured with; `None`: they speak no TLS.
+    pub worker_tls: Option<WorkerTls>,
 }
 
 impl From<&RouterArgs> for DispatchConfig {
@@ -91,6 +94,7 @@ impl From<&RouterArgs> for DispatchConfig {
             ping_every: Duration::from_secs(1),
             pong_limit: PONG_LIMIT,
             reconnect: (Duration::from_millis(100), Duration::from_secs(2)),
+            worker_tls: None,
         }
     }
 }

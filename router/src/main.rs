@@ -4,11 +4,11 @@ use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::Parser;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use swallow_proto::launch::RouterArgs;
+use swallow_proto::launch::{RouterArgs, WORKER_TLS_NAME};
 use swallow_router::{
     config::{self, Cli},
     discover::{Cluster, ClusterError, Fixed, in_cluster},
-    dispatch::{Dispatcher, Supervisor},
+    dispatch::{DispatchConfig, Dispatcher, Supervisor},
     generate::Door,
     grpc,
     http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
@@ -16,7 +16,10 @@ use swallow_router::{
     log,
     metrics::Metrics,
     openai, probe,
-    tls::{Certificate, TlsError},
+    tls::{
+        Certificate, TlsError,
+        workers::{WorkerTls, WorkerTlsError, WorkerTlsFiles},
+    },
     vital::{Panicked, Vitals},
 };
 use tokio::{
@@ -50,6 +53,9 @@ enum RunError {
     /// Clients could not trust it.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// What workers are shown cannot be used.
+    #[error(transparent)]
+    WorkerTls(#[from] WorkerTlsError),
     /// A task is gone that nothing works without.
     #[error("{0}; the process ends, because it would answer nobody")]
     Panicked(#[from] Panicked),
@@ -203,8 +209,20 @@ fn dispatch(
     fixed: Fixed,
     metrics: &Arc<Metrics>,
 ) -> Result<(Dispatcher, Supervisor), RunError> {
+    let worker_tls = worker_tls(args)?;
+    let config = DispatchConfig {
+        worker_tls: worker_tls.clone(),
+        ..args.into()
+    };
+    let started = |started: (Dispatcher, Supervisor)| {
+        if let Some(tls) = worker_tls {
+            let vitals = started.1.vitals();
+            tokio::spawn(vitals.guard("workers' certificates".into(), tls.follow()));
+        }
+        started
+    };
     if args.discover.is_empty() {
-        return Ok(Dispatcher::start(args.into(), fixed, metrics.clone()));
+        return Ok(started(Dispatcher::start(config, fixed, metrics.clone())));
     }
     let (client, namespace) = in_cluster(args.namespace.as_deref())?;
     info!(
@@ -219,7 +237,22 @@ fn dispatch(
         fixed,
         observer: metrics.clone(),
     };
-    Ok(Dispatcher::start(args.into(), cluster, metrics.clone()))
+    Ok(started(Dispatcher::start(config, cluster, metrics.clone())))
+}
+
+/// What sessions with workers are secured with, if they are.
+fn worker_tls(args: &RouterArgs) -> Result<Option<WorkerTls>, WorkerTlsError> {
+    // The command line has all three or none.
+    let (Some(ca), Some(cert), Some(key)) = (&args.worker_ca, &args.worker_cert, &args.worker_key) else {
+        return Ok(None);
+    };
+    let files = WorkerTlsFiles {
+        ca: ca.clone(),
+        cert: cert.clone(),
+        key: key.clone(),
+    };
+    let name = args.worker_tls_name.as_deref().unwrap_or(WORKER_TLS_NAME);
+    WorkerTls::load(files, name).map(Some)
 }
 
 /// Probes on a port of their own, where one is given.

@@ -31,7 +31,11 @@ use tracing::{debug, info, warn};
 pub(crate) use hear::Heard;
 pub(crate) use link::Link;
 
-use crate::{dispatch::Shared, pauses::Pauses};
+use crate::{
+    dispatch::Shared,
+    pauses::Pauses,
+    tls::workers::{Complaint, WorkerTls},
+};
 
 /// The version of the protocol that is spoken here.
 const PROTOCOL: u32 = 1;
@@ -54,6 +58,9 @@ const SILENCE_STEPS: u32 = 8;
 const UNUSABLE_PAUSE: Duration = Duration::from_secs(5);
 /// A session that lived this long starts the pauses over.
 const STABLE: Duration = Duration::from_secs(10);
+
+/// What HTTP/2 says of a peer that answers in TLS.
+const NOT_HTTP2: &str = "frame with invalid size";
 
 /// A replica to have a session with.
 #[derive(Clone, Debug)]
@@ -145,8 +152,10 @@ async fn session(shared: &Arc<Shared>, target: &Target) -> Lost {
         (target.replica, Arc::clone(&target.replica_name)),
         (target.model, Arc::clone(&target.model_name)),
     );
+    let complaint = Complaint::default();
+    let tls = shared.config.worker_tls.as_ref();
     let connecting = async {
-        let channel = connect(&target.address).await?;
+        let channel = connect(&target.address, tls, &complaint).await?;
         greet(shared, target, &link, channel).await
     };
     let connected = tokio::select! {
@@ -156,7 +165,7 @@ async fn session(shared: &Arc<Shared>, target: &Target) -> Lost {
     };
     let (client, inbound, welcome) = match connected {
         Ok(connected) => connected,
-        Err(lost) => return lost,
+        Err(lost) => return explained(lost, tls, &complaint),
     };
     shared.welcomed(&link, &welcome);
     let mut session = Session {
@@ -177,7 +186,7 @@ async fn session(shared: &Arc<Shared>, target: &Target) -> Lost {
     lost
 }
 
-async fn connect(address: &str) -> Result<Channel, Lost> {
+async fn connect(address: &str, tls: Option<&WorkerTls>, complaint: &Complaint) -> Result<Channel, Lost> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|error| Lost::Unreachable(format!("'{address}' is not an address: {error}")))?
         .connect_timeout(HANDSHAKE_LIMIT)
@@ -187,10 +196,29 @@ async fn connect(address: &str) -> Result<Channel, Lost> {
         .keep_alive_while_idle(true)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(2 * WINDOW_BYTES);
-    endpoint
-        .connect()
-        .await
-        .map_err(|error| Lost::Unreachable(innermost(&error)))
+    let connected = match tls {
+        None => endpoint.connect().await,
+        Some(tls) => {
+            endpoint
+                .connect_with_connector(tls.connector(address, complaint.clone()))
+                .await
+        }
+    };
+    connected.map_err(|error| Lost::Unreachable(innermost(&error)))
+}
+
+/// Why there is no session, as it has to do with TLS: the layers above tell only that something is not HTTP/2.
+fn explained(lost: Lost, tls: Option<&WorkerTls>, complaint: &Complaint) -> Lost {
+    if let Some(words) = complaint.words() {
+        return Lost::Unreachable(words.to_owned());
+    }
+    let words = lost.to_string();
+    if tls.is_none() && words.contains(NOT_HTTP2) {
+        return Lost::Unreachable(format!(
+            "{words}: does the worker speak TLS? Then start this router with --worker-ca, --worker-cert and --worker-key"
+        ));
+    }
+    lost
 }
 
 /// The cause that says something: the outer ones are "transport error".
@@ -278,12 +306,16 @@ fn check(welcome: &Welcome, expected: &[String]) -> Result<(), String> {
 }
 
 fn said(status: &tonic::Status) -> String {
-    let text = status.message();
-    format!(
-        "{:?}: {}",
-        status.code(),
-        if text.is_empty() { "no message" } else { text }
-    )
+    let text = match status.message() {
+        "" => "no message",
+        text => text,
+    };
+    let said = format!("{:?}: {text}", status.code());
+    // One that was made on this side, of what the connection came to.
+    match std::error::Error::source(status) {
+        Some(source) => format!("{said}: {}", innermost(source)),
+        None => said,
+    }
 }
 
 /// The ping on its way, and the next one's number.

@@ -1,7 +1,10 @@
-//! TLS on the fronts: a certificate and its key from files, read again when they change.
+//! TLS on the fronts: a certificate and its key from files, read again when they change. What sessions with workers are
+//! secured with is in [`workers`].
 //!
 //! Connections keep the certificate that they began with; new ones get the one that is there now. A pair that cannot
 //! be read, or does not belong together, changes nothing.
+
+pub mod workers;
 
 use std::{
     path::{Path, PathBuf},

@@ -207,6 +207,11 @@ pub fn post(address: &str, path: &str, body: &Value) -> Value {
     serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}"))
 }
 
+/// Whether NVIDIA's driver is here.
+pub fn has_gpu() -> bool {
+    Path::new("/dev/nvidiactl").exists() || Path::new("/dev/dxg").exists()
+}
+
 /// All living descendants of a process, with their command lines.
 pub fn children(parent: Pid) -> Vec<(Pid, String)> {
     let mut found = Vec::new();

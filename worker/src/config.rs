@@ -11,7 +11,7 @@ use swallow_proto::launch::{
     DeviceKind, Dtype, FetchArgs, GenerationDefaults, Kernels, LoadFormat, LogFormat, PrefixCache, WorkerArgs,
 };
 
-use crate::{bench::BenchArgs, device::cuda::KernelsArgs, dummy::MakeArgs};
+use crate::{bench::BenchArgs, device::cuda::KernelsArgs, dummy::MakeArgs, serve::TlsFiles};
 
 /// Most ranks of a group; no model here has more attention heads than that.
 const TENSOR_PARALLEL_MAX: u32 = 64;
@@ -115,6 +115,8 @@ pub struct Config {
     pub step_timeout: Duration,
     /// How long running requests may finish after SIGTERM.
     pub drain_timeout: Duration,
+    /// Sessions speak TLS with these files.
+    pub tls: Option<TlsFiles>,
     /// Where the reason of a failure goes.
     pub termination_log: Option<PathBuf>,
     /// Form of log lines.
@@ -168,6 +170,7 @@ impl Config {
             generation_defaults: args.generation_defaults == GenerationDefaults::Auto,
             step_timeout: Duration::from_secs(args.step_timeout_seconds.into()),
             drain_timeout: Duration::from_secs(args.drain_timeout_seconds.into()),
+            tls: tls(args.tls_cert, args.tls_key, args.tls_client_ca),
             termination_log: args.termination_log,
             log_format: args.log_format,
         })
@@ -260,6 +263,15 @@ pub struct Fit {
     pub n_blocks: u32,
     /// Prompt and output of one sequence together.
     pub max_model_len: u32,
+}
+
+/// The command line has all three files or none.
+fn tls(cert: Option<PathBuf>, key: Option<PathBuf>, client_ca: Option<PathBuf>) -> Option<TlsFiles> {
+    Some(TlsFiles {
+        cert: cert?,
+        key: key?,
+        client_ca: client_ca?,
+    })
 }
 
 fn check_names(args: &WorkerArgs) -> Result<(), ConfigError> {

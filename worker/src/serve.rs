@@ -15,6 +15,7 @@ mod session;
 mod stop;
 mod termination;
 mod thread;
+mod tls;
 
 use std::{
     io::IsTerminal,
@@ -31,6 +32,7 @@ use tracing::{error, info};
 use self::{
     servers::{serve_grpc, serve_http},
     thread::EngineThread,
+    tls::SessionTls,
 };
 use crate::{
     config::Config,
@@ -44,6 +46,7 @@ pub use facts::{Facts, Loaded, ModelFile};
 pub use outbox::{Full, Outbox, OutboxStream, outbox};
 pub use stop::Stop;
 pub use termination::TerminationLog;
+pub use tls::{TlsError, TlsFiles};
 
 /// The session protocol's version.
 pub const PROTOCOL: u32 = 1;
@@ -64,6 +67,8 @@ pub struct Plan {
     pub drain_timeout: Duration,
     /// Unread bytes of one session.
     pub outbox_bytes: usize,
+    /// Routers speak TLS with these files.
+    pub tls: Option<TlsFiles>,
     /// For routers.
     pub grpc: TcpListener,
     /// For probes and people.
@@ -114,6 +119,7 @@ fn run_on_runtime(args: WorkerArgs) -> Result<(), ServeError> {
             max_waiting: config.max_waiting,
             drain_timeout: config.drain_timeout,
             outbox_bytes: OUTBOX_BYTES,
+            tls: config.tls.clone(),
             grpc: listen("grpc-listen", config.grpc_listen).await?,
             http: listen("http-listen", config.http_listen).await?,
         };
@@ -161,6 +167,7 @@ where
 {
     let model = plan.identity.served_names.first().cloned().unwrap_or_default();
     let metrics = Arc::new(Metrics::new(&model)?);
+    let tls = plan.tls.map(SessionTls::load).transpose()?;
     let state = Arc::new(State::new(plan.identity));
     let tasks = TaskTracker::new();
     let open = Arc::new(OnceLock::new());
@@ -180,7 +187,13 @@ where
         Arc::clone(&metrics),
         down.clone(),
     ));
-    servers.spawn(serve_grpc(plan.grpc, sessions, Arc::clone(&state), down.clone()));
+    servers.spawn(serve_grpc(
+        plan.grpc,
+        tls,
+        sessions,
+        Arc::clone(&state),
+        down.clone(),
+    ));
 
     let thread = EngineThread {
         state: Arc::clone(&state),

@@ -17,7 +17,8 @@ use crate::{
     memory::BLOCK_TOKENS,
     model::{
         ConfigMapKey, Device, EngineDtype, EngineGenerationDefaults, EngineKernels, EngineLoadFormat,
-        EnginePrefixCache, Placement, Quantity, Resources, SecretKey, ServiceType, SwallowModelSpec,
+        EnginePrefixCache, KeysSecret, Placement, Quantity, Resources, SecretKey, ServiceType,
+        SwallowModelSpec,
     },
 };
 
@@ -35,6 +36,16 @@ pub const MODEL_FOLDER: &str = "/models";
 pub const CACHE_FOLDER: &str = "/cache";
 /// The folder of a Secret with an access token.
 pub const TOKEN_FOLDER: &str = "/etc/swallow/token";
+/// Where a router in a pod answers probes.
+pub const ROUTER_PROBE_PORT: u16 = 8081;
+/// The folder of the Secret with the certificate that clients are shown.
+pub const TLS_FOLDER: &str = "/etc/swallow/tls";
+/// The folder of the Secret for TLS between router and worker, on either side.
+pub const MUTUAL_TLS_FOLDER: &str = "/etc/swallow/mutual-tls";
+/// The folder of the Secret with API keys.
+pub const KEYS_FOLDER: &str = "/etc/swallow/keys";
+/// The file in it.
+pub const KEYS_FILE: &str = "keys.json";
 /// Where a pod that fetches has the certificate authority.
 pub const CA_FOLDER: &str = "/etc/swallow/ca";
 
@@ -84,6 +95,8 @@ pub struct GroupTemplate {
     pub placement: Placement,
     /// Names of Secrets with registries' credentials.
     pub pull_secrets: Vec<String>,
+    /// The Secret for TLS with routers.
+    pub tls_secret: Option<String>,
 }
 
 /// Where the model's files come from, checked.
@@ -185,12 +198,29 @@ pub struct RouterLaunch {
     pub service_type: ServiceType,
     /// Names of Secrets with registries' credentials.
     pub pull_secrets: Vec<String>,
+    /// The entry of a Secret that holds API keys.
+    pub api_keys: Option<KeysSecret>,
+    /// The Secret with the certificate that clients are shown.
+    pub tls_secret: Option<String>,
+    /// The Secret for TLS with workers.
+    pub worker_tls_secret: Option<String>,
+}
+
+/// A file in a folder.
+fn file(folder: &str, name: &str) -> PathBuf {
+    format!("{folder}/{name}").into()
 }
 
 /// What groups of this spec have in common.
 pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
     let spec = &valid.spec;
     let engine = &spec.engine;
+    let tls_secret = spec
+        .router
+        .mutual_tls
+        .as_ref()
+        .map(|tls| tls.worker_secret_name.clone());
+    let of_tls = |name: &str| tls_secret.as_ref().map(|_| file(MUTUAL_TLS_FOLDER, name));
     let args = WorkerArgs {
         model: model_folder(&valid.source).into(),
         load_format: match engine.load_format {
@@ -234,6 +264,9 @@ pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
         },
         step_timeout_seconds: spec.recovery.step_timeout_seconds,
         drain_timeout_seconds: spec.drain.timeout_seconds,
+        tls_cert: of_tls("tls.crt"),
+        tls_key: of_tls("tls.key"),
+        tls_client_ca: of_tls("ca.crt"),
         termination_log: Some("/dev/termination-log".into()),
         log_format: LogFormat::Json,
     };
@@ -249,6 +282,7 @@ pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
         resources: worker_resources(valid),
         placement: spec.placement.clone(),
         pull_secrets: pull_secrets(spec),
+        tls_secret,
     }
 }
 
@@ -263,10 +297,13 @@ pub fn router_name(spec: &SwallowModelSpec, model: &str) -> String {
 /// The router that stands before this model.
 pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
     let router = &valid.spec.router;
+    let mutual = router.mutual_tls.as_ref();
+    let of_tls = |name: &str| router.tls_secret_name.as_ref().map(|_| file(TLS_FOLDER, name));
+    let of_mutual = |name: &str| mutual.map(|_| file(MUTUAL_TLS_FOLDER, name));
     let args = RouterArgs {
         grpc_listen: anywhere(ROUTER_GRPC_PORT),
         http_listen: anywhere(ROUTER_HTTP_PORT),
-        probe_listen: None,
+        probe_listen: Some(anywhere(ROUTER_PROBE_PORT)),
         replicas: Vec::new(),
         discover: Vec::new(),
         namespace: None,
@@ -276,11 +313,18 @@ pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
         max_queue_seconds: router.limits.max_queue_seconds,
         max_body_bytes: ROUTER_BODY_BYTES_MAX,
         tokenizer_info: false,
-        max_connection_seconds: None,
-        connection_grace_seconds: None,
-        tls_cert: None,
-        tls_key: None,
-        api_keys: None,
+        max_connection_seconds: router.max_connection_seconds,
+        connection_grace_seconds: router.connection_grace_seconds,
+        tls_cert: of_tls("tls.crt"),
+        tls_key: of_tls("tls.key"),
+        worker_ca: of_mutual("ca.crt"),
+        worker_cert: of_mutual("tls.crt"),
+        worker_key: of_mutual("tls.key"),
+        worker_tls_name: mutual.and_then(|tls| tls.server_name.clone()),
+        api_keys: router
+            .api_keys_secret_ref
+            .as_ref()
+            .map(|_| file(KEYS_FOLDER, KEYS_FILE)),
         shutdown_delay_seconds: ROUTER_SHUTDOWN_DELAY_SECONDS,
         drain_timeout_seconds: valid.spec.drain.timeout_seconds,
         log_format: LogFormat::Json,
@@ -294,6 +338,9 @@ pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
         resources: router.resources.clone(),
         service_type: router.service_type,
         pull_secrets: pull_secrets(&valid.spec),
+        api_keys: router.api_keys_secret_ref.clone(),
+        tls_secret: router.tls_secret_name.clone(),
+        worker_tls_secret: mutual.map(|tls| tls.router_secret_name.clone()),
     }
 }
 
@@ -328,6 +375,10 @@ pub fn revision(spec: &SwallowModelSpec, kv_is_the_rest: bool) -> String {
     if kv_is_the_rest || spec.model.source.is_none() {
         // The size of the KV cache follows from the shape, and so does all of a model that is made.
         kept["model"]["shape"] = fields["model"]["shape"].take();
+    }
+    // Left out where it is not set, so that it changes no revision of before there was such a field.
+    if let Some(secret) = spec.router.mutual_tls.as_ref().map(|tls| &tls.worker_secret_name) {
+        kept["workerSecretName"] = json!(secret);
     }
     kept["recovery"]["stepTimeoutSeconds"] = fields["recovery"]["stepTimeoutSeconds"].take();
     name_of(xxh3_64(kept.to_string().as_bytes()))

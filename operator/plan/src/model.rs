@@ -19,7 +19,9 @@ pub use engine::{
     Accelerator, Device, Engine, EngineDtype, EngineGenerationDefaults, EngineKernels, EngineLoadFormat,
     EnginePrefixCache, KvCache, Parallelism,
 };
-pub use operation::{Backoff, Drain, Recovery, Rollout, Router, RouterLimits, ServiceType};
+pub use operation::{
+    Backoff, Drain, KeysSecret, MutualTls, Recovery, Rollout, Router, RouterLimits, ServiceType,
+};
 pub use placement::{
     Placement, PullSecret, Resources, Spread, Toleration, TolerationEffect, TolerationOperator,
 };

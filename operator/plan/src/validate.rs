@@ -88,6 +88,7 @@ pub fn validate(model: &SwallowModel, read_shape: Option<&Shape>) -> Result<Vali
     let source = source(spec, shape.as_ref(), &mut problems);
     check_numbers(spec, &mut problems);
     check_placement(spec, &mut problems);
+    check_mutual_tls(spec, &mut problems);
     if let Some(shape) = &shape {
         check_shape(shape, spec, &mut problems);
     }
@@ -237,6 +238,27 @@ fn check_numbers(spec: &SwallowModelSpec, problems: &mut Problems) {
         spec.accelerator.device != Device::CPU || engine.kernels != EngineKernels::Portable,
         "spec.engine.kernels",
         "is Portable, which is for GPU: leave it out on CPU",
+    );
+}
+
+/// TLS between routers and workers.
+fn check_mutual_tls(spec: &SwallowModelSpec, problems: &mut Problems) {
+    let Some(tls) = &spec.router.mutual_tls else {
+        return;
+    };
+    let edge = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let good = tls.server_name.as_ref().is_none_or(|name| {
+        name.starts_with(edge) && name.ends_with(edge) && name.chars().all(|c| edge(c) || ".-".contains(c))
+    });
+    problems.check(
+        good,
+        "spec.router.mutualTls.serverName",
+        "write a DNS name in lower case, such as swallow-worker",
+    );
+    problems.check(
+        tls.worker_secret_name != tls.router_secret_name,
+        "spec.router.mutualTls.routerSecretName",
+        "is the workers' too: write another, because who holds a worker's key could pass for a router",
     );
 }
 

@@ -16,6 +16,7 @@ use swallow_plan::{
 use swallow_proto::launch::{LogFormat, WorkerArgs};
 
 use super::{
+    gpus,
     prepare::Slot,
     process::{Launch, Process, in_words, last_line},
 };
@@ -47,6 +48,8 @@ pub struct Group {
     /// Its place among the model's slots.
     pub slot: usize,
     args: WorkerArgs,
+    /// The GPUs that its process sees; `None` on the CPU.
+    gpus: Option<String>,
     stage: Stage,
     phase: Phase,
     progress_at: Timestamp,
@@ -97,6 +100,7 @@ impl Group {
             uid,
             slot: at,
             args,
+            gpus: slot.gpus.clone(),
             stage: Stage::Ended,
             phase: Phase::Pending {
                 reason: GroupReason::Starting,
@@ -248,6 +252,7 @@ impl Group {
             argv,
             log: &self.log,
             output,
+            env: None,
         })
     }
 
@@ -258,6 +263,7 @@ impl Group {
             argv,
             log: &self.log,
             output: None,
+            env: self.gpus.as_deref().map(|gpus| (gpus::VARIABLE, gpus)),
         })
     }
 

@@ -17,6 +17,7 @@ use swallow_plan::{
 
 use super::{
     LocalArgs,
+    gpus::{self, Demand, Pool},
     ports::{self, Chooser, Held},
     process::find,
 };
@@ -59,17 +60,20 @@ pub struct PreparedModel {
     pub served_names: Vec<String>,
     /// Its size, if its config.json is here.
     pub shape: Option<Shape>,
-    /// A pair of ports for each group.
+    /// Ports and GPUs for each group.
     pub slots: Vec<Slot>,
 }
 
-/// Where a group listens. It keeps its ports through restarts, so that the router's list stays right.
+/// Where a group listens and computes. It keeps its ports through restarts, so that the router's list stays right, and
+/// its GPUs, so that no other group is on them.
 #[derive(Debug)]
 pub struct Slot {
     /// For the router.
     pub grpc: Held,
     /// For probes, metrics and state.
     pub http: Held,
+    /// The GPUs that it sees; `None` on the CPU.
+    pub gpus: Option<String>,
 }
 
 /// The folder of logs.
@@ -124,6 +128,8 @@ impl Prepared {
         check_names(&valids)?;
         let router = shared_router(&valids)?;
         let notes = valids.iter().flat_map(|valid| without_meaning(valid)).collect();
+        let demands: Vec<Demand<'_>> = valids.iter().map(|valid| demand(valid)).collect();
+        let gpus = gpus::assign(&Pool::of_this_machine(), &demands).map_err(|line| vec![line])?;
         let bin_dir = bin_dir(args.bin_dir)?;
         let worker_program = find(&bin_dir, "swallow-worker").map_err(|error| vec![error])?;
         let router_program = find(&bin_dir, "swallow-router").map_err(|error| vec![error])?;
@@ -133,8 +139,9 @@ impl Prepared {
         let http = ports::hold("http-port", args.http_port, &mut chooser).map_err(|error| vec![error])?;
         let models = checked
             .into_iter()
-            .map(|(model, valid, shape)| {
-                let slots = slots(&model, &mut chooser)?;
+            .zip(gpus)
+            .map(|((model, valid, shape), gpus)| {
+                let slots = slots(&model, gpus, &mut chooser)?;
                 Ok(PreparedModel {
                     model,
                     served_names: valid.served_names,
@@ -164,11 +171,17 @@ impl Prepared {
 fn check(model: &SwallowModel, has_token: bool) -> Result<(Valid, Option<Shape>), Errors> {
     let name = model_name(model);
     let refuse = |line: String| Err(vec![format!("{name}: {line}")]);
-    if model.spec.accelerator.device == Device::GPU {
-        return refuse(
-            "spec.accelerator.device: is GPU, and local mode starts CPU workers alone: set accelerator.device: CPU"
-                .into(),
-        );
+    let router = &model.spec.router;
+    for (field, set) in [
+        ("apiKeysSecretRef", router.api_keys_secret_ref.is_some()),
+        ("tlsSecretName", router.tls_secret_name.is_some()),
+        ("mutualTls", router.mutual_tls.is_some()),
+    ] {
+        if set {
+            return refuse(format!(
+                "spec.router.{field}: Secrets need a cluster: leave it out here, where everything is bound to loopback"
+            ));
+        }
     }
     let source = model.spec.model.source.as_ref();
     if let Some(line) = source.and_then(|source| needs_cluster(source, has_token)) {
@@ -252,11 +265,14 @@ fn shared_router(valids: &[&Valid]) -> Result<RouterLaunch, Errors> {
                 args.max_queued_tokens,
                 args.max_queued_bytes,
                 args.max_queue_seconds,
+                args.max_connection_seconds,
+                args.connection_grace_seconds,
             )
         };
         if limits(&shared) != limits(&other) {
             let line = format!(
-                "{}: spec.router.limits: do not agree with those of {}: one router stands before both, write the same",
+                "{}: spec.router.limits or connection times: do not agree with those of {}: one router stands before both, write the \
+                 same",
                 valid.name, first.name
             );
             return Err(vec![line]);
@@ -291,17 +307,32 @@ fn without_meaning(valid: &Valid) -> Option<String> {
     (!named.is_empty()).then(|| format!("{}: note: only a cluster reads {}", valid.name, named.join(", ")))
 }
 
-fn slots(model: &SwallowModel, chooser: &mut Chooser) -> Result<Vec<Slot>, Errors> {
-    let wanted = if model.spec.suspend {
-        0
-    } else {
-        model.spec.replicas
-    };
-    (0..wanted)
-        .map(|_| {
+/// The GPUs of a model's groups.
+fn demand(valid: &Valid) -> Demand<'_> {
+    let spec = &valid.spec;
+    let groups = if spec.suspend { 0 } else { spec.replicas };
+    Demand {
+        model: &valid.name,
+        groups: usize::try_from(groups).unwrap_or_default(),
+        ranks: match spec.accelerator.device {
+            Device::GPU => usize::try_from(spec.parallelism.tensor).unwrap_or(usize::MAX),
+            Device::CPU => 0,
+        },
+    }
+}
+
+/// A slot for each group that is wanted.
+fn slots(
+    model: &SwallowModel,
+    gpus: Vec<Option<String>>,
+    chooser: &mut Chooser,
+) -> Result<Vec<Slot>, Errors> {
+    gpus.into_iter()
+        .map(|gpus| {
             Ok(Slot {
                 grpc: chooser.next()?,
                 http: chooser.next()?,
+                gpus,
             })
         })
         .collect::<std::io::Result<_>>()

@@ -36,6 +36,8 @@ pub struct Launch<'a> {
     pub log: &'a Path,
     /// Gets what it writes to standard output; `None`: the log does.
     pub output: Option<&'a Path>,
+    /// A variable of its environment that is not as here.
+    pub env: Option<(&'a str, &'a str)>,
 }
 
 impl Process {
@@ -52,6 +54,7 @@ impl Process {
         let mut command = Command::new(launch.program);
         command
             .args(&launch.argv)
+            .envs(launch.env)
             .stdin(Stdio::null())
             .stdout(output)
             .stderr(log)
@@ -166,6 +169,7 @@ mod tests {
             argv: vec!["-c".into(), script.into()],
             log: &log,
             output: None,
+            env: None,
         };
         Process::start(&launch).expect("sh is there")
     }

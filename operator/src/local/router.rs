@@ -167,6 +167,7 @@ impl Router {
             argv: self.args.argv(),
             log: &self.log,
             output: None,
+            env: None,
         };
         self.started = now;
         match Process::start(&launch) {

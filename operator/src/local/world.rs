@@ -66,6 +66,7 @@ impl World {
         let args = RouterArgs {
             grpc_listen: grpc.address(),
             http_listen: http.address(),
+            probe_listen: None,
             replicas: models.iter().flat_map(addresses).collect(),
             // Nothing here has to hear first that the router goes.
             shutdown_delay_seconds: 0,

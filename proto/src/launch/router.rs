@@ -38,6 +38,9 @@ impl FromStr for ReplicaAddress {
     }
 }
 
+/// The name that a worker's certificate carries, unless another one is given.
+pub const WORKER_TLS_NAME: &str = "swallow-worker";
+
 /// The name of the port of a Service that workers' sessions use, unless another one is given.
 pub const GRPC_PORT_NAME: &str = "grpc";
 
@@ -172,6 +175,20 @@ pub struct RouterArgs {
     /// Its private key, in PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
+    /// Certificate authorities, in PEM, one of which must have issued a worker's certificate; without it, sessions speak no
+    /// TLS
+    #[arg(long, value_name = "FILE", requires_all = ["worker_cert", "worker_key"])]
+    pub worker_ca: Option<PathBuf>,
+    /// Certificate chain that workers are shown, in PEM; all three files are read again when they change
+    #[arg(long, value_name = "FILE", requires = "worker_ca")]
+    pub worker_cert: Option<PathBuf>,
+    /// Its private key, in PEM
+    #[arg(long, value_name = "FILE", requires = "worker_ca")]
+    pub worker_key: Option<PathBuf>,
+    /// DNS name that a worker's certificate must carry, whatever the address: pods are addressed by IP [default:
+    /// swallow-worker]
+    #[arg(long, value_name = "NAME", requires = "worker_ca")]
+    pub worker_tls_name: Option<String>,
     /// File of the API keys that are asked for, read again when it changes; without it, nobody is told apart
     #[arg(long, value_name = "FILE")]
     pub api_keys: Option<PathBuf>,
@@ -202,6 +219,13 @@ impl RouterArgs {
         argv.flag("drain-timeout-seconds", self.drain_timeout_seconds);
         argv.optional("tls-cert", self.tls_cert.as_ref().map(|path| path.display()));
         argv.optional("tls-key", self.tls_key.as_ref().map(|path| path.display()));
+        argv.optional("worker-ca", self.worker_ca.as_ref().map(|path| path.display()));
+        argv.optional(
+            "worker-cert",
+            self.worker_cert.as_ref().map(|path| path.display()),
+        );
+        argv.optional("worker-key", self.worker_key.as_ref().map(|path| path.display()));
+        argv.optional("worker-tls-name", self.worker_tls_name.as_ref());
         argv.optional("api-keys", self.api_keys.as_ref().map(|path| path.display()));
         argv.choice("log-format", self.log_format);
         argv.0
@@ -242,6 +266,10 @@ mod tests {
             max_connection_seconds: Some(0),
             tls_cert: Some("/etc/swallow/tls.crt".into()),
             tls_key: Some("/etc/swallow/tls.key".into()),
+            worker_ca: Some("/etc/swallow/worker/ca.crt".into()),
+            worker_cert: Some("/etc/swallow/worker/tls.crt".into()),
+            worker_key: Some("/etc/swallow/worker/tls.key".into()),
+            worker_tls_name: Some("worker.team.svc".into()),
             api_keys: Some("/etc/swallow/keys.json".into()),
             shutdown_delay_seconds: 5,
             max_queued_bytes: 1 << 40,

@@ -143,6 +143,15 @@ pub struct WorkerArgs {
     /// How long running requests may finish after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout_seconds: u32,
+    /// Certificate chain that routers are shown, in PEM, read again when it changes; without it, sessions speak no TLS
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_client_ca"])]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key, in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Certificate authorities, in PEM, one of which must have issued a router's certificate
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
     /// File that gets the reason of a failed start or a crash
     #[arg(long, value_name = "FILE")]
     pub termination_log: Option<PathBuf>,
@@ -181,6 +190,13 @@ impl WorkerArgs {
         argv.choice("generation-defaults", self.generation_defaults);
         argv.flag("step-timeout-seconds", self.step_timeout_seconds);
         argv.flag("drain-timeout-seconds", self.drain_timeout_seconds);
+        for (flag, path) in [
+            ("tls-cert", &self.tls_cert),
+            ("tls-key", &self.tls_key),
+            ("tls-client-ca", &self.tls_client_ca),
+        ] {
+            argv.optional(flag, path.as_ref().map(|path| path.display()));
+        }
         argv.optional(
             "termination-log",
             self.termination_log.as_ref().map(|path| path.display()),
@@ -229,6 +245,9 @@ mod tests {
             device_memory_percent: Some(90),
             prefix_cache: PrefixCache::Off,
             generation_defaults: GenerationDefaults::Neutral,
+            tls_cert: Some("/tls/tls.crt".into()),
+            tls_key: Some("/tls/tls.key".into()),
+            tls_client_ca: Some("/tls/ca.crt".into()),
             termination_log: Some("/dev/termination-log".into()),
             log_format: LogFormat::Json,
             ..minimal

@@ -105,6 +105,7 @@ fn config() -> DispatchConfig {
         ping_every: Duration::from_millis(100),
         pong_limit: Duration::from_secs(10),
         reconnect: (Duration::from_millis(10), Duration::from_millis(50)),
+        worker_tls: None,
     }
 }
 

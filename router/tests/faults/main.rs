@@ -131,6 +131,7 @@ async fn house_serving(
         ping_every: Duration::from_millis(100),
         pong_limit: Duration::from_secs(10),
         reconnect: (Duration::from_millis(10), Duration::from_millis(50)),
+        worker_tls: None,
     };
     let (dispatcher, supervisor) = Dispatcher::start(config, Fixed(set), metrics.clone());
     let door = Door::new(Arc::new(dispatcher.clone()), metrics);

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use super::TlsError;
 use crate::{
     checkpoint::CheckpointError, config::ConfigError, device::DeviceError, engine::EngineError,
     group::GroupError,
@@ -46,6 +47,9 @@ pub enum ServeError {
         /// The system's word.
         source: std::io::Error,
     },
+    /// Certificates cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// A server ended by itself.
     #[error("the gRPC server ended: {0}")]
     Grpc(#[from] tonic::transport::Error),
@@ -71,7 +75,7 @@ impl ServeError {
     /// what happened.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Config(_) => 2,
+            Self::Config(_) | Self::Tls(_) => 2,
             Self::Checkpoint(_) => 3,
             _ => 1,
         }

@@ -15,7 +15,7 @@ use tonic_health::{
     server::{HealthReporter, HealthService},
 };
 
-use super::{ServeError, session::Sessions};
+use super::{ServeError, session::Sessions, tls::SessionTls};
 use crate::{
     http,
     metrics::Metrics,
@@ -48,6 +48,7 @@ pub(super) async fn serve_http(
 
 pub(super) async fn serve_grpc(
     listener: TcpListener,
+    tls: Option<SessionTls>,
     sessions: Sessions,
     state: Arc<State>,
     down: CancellationToken,
@@ -62,12 +63,21 @@ pub(super) async fn serve_grpc(
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .add_service(health)
-        .add_service(service)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            down.clone().cancelled_owned(),
-        );
-    let (served, ()) = tokio::join!(server, follow_phase(reporter, &state, &down));
+        .add_service(service);
+    let until = down.clone().cancelled_owned();
+    let served = async {
+        let Some(tls) = tls else {
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            return server.serve_with_incoming_shutdown(incoming, until).await;
+        };
+        let following = tls.clone().follow();
+        let serving = server.serve_with_incoming_shutdown(tls.incoming(listener), until);
+        tokio::select! {
+            served = serving => served,
+            () = following => unreachable!("files are followed for ever"),
+        }
+    };
+    let (served, ()) = tokio::join!(served, follow_phase(reporter, &state, &down));
     Ok(served?)
 }
 

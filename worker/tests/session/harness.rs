@@ -194,6 +194,7 @@ impl Worker {
             max_waiting: setup.max_waiting,
             drain_timeout: setup.drain_timeout,
             outbox_bytes: setup.outbox_bytes,
+            tls: None,
             grpc,
             http,
         };

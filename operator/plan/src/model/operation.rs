@@ -134,6 +134,32 @@ pub struct Router {
     pub replicas: i32,
     /// limits says how many requests may wait for a group, and how long.
     pub limits: RouterLimits,
+    /// apiKeysSecretRef names the Secret that holds the file of API keys, in the form that swallow-router's
+    /// --api-keys reads; clients without one of them are refused. It is read again when it changes. Defaults
+    /// to none: nobody is told apart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_keys_secret_ref: Option<KeysSecret>,
+    /// tlsSecretName is the Secret with the certificate that clients are shown on both ports, as tls.crt
+    /// and tls.key; it is read again when it changes, under running streams. Defaults to none: clients speak
+    /// no TLS. With it, scrapes of /metrics speak TLS too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub tls_secret_name: Option<String>,
+    /// mutualTls secures what routers and workers say to each other. Defaults to none: they speak no TLS,
+    /// and a network policy has to keep others away. A change of workerSecretName makes a new revision.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mutual_tls: Option<MutualTls>,
+    /// maxConnectionSeconds is the age, a tenth more or less, at which a client is told to open a new
+    /// connection, so that load spreads over routers that came later, 0 to 604800; 0 is never. Defaults to
+    /// 1800.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 604800))]
+    pub max_connection_seconds: Option<u32>,
+    /// connectionGraceSeconds is how long streams on a connection of that age may go on, 0 to 604800.
+    /// Defaults to 1800.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 604800))]
+    pub connection_grace_seconds: Option<u32>,
     /// serviceType says who can reach the router's Service: ClusterIP, NodePort or LoadBalancer. Defaults
     /// to ClusterIP: pods of the cluster.
     pub service_type: ServiceType,
@@ -152,11 +178,52 @@ impl Default for Router {
             name: None,
             replicas: 1,
             limits: RouterLimits::default(),
+            api_keys_secret_ref: None,
+            tls_secret_name: None,
+            mutual_tls: None,
+            max_connection_seconds: None,
+            connection_grace_seconds: None,
             service_type: ServiceType::default(),
             resources: Resources::default(),
             image: None,
         }
     }
+}
+
+/// The entry of a Secret that holds API keys.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct KeysSecret {
+    /// name is the Secret, in the model's namespace. Required.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// key is the entry of the Secret. Defaults to keys.json.
+    #[serde(default = "keys_json")]
+    #[schemars(length(min = 1, max = 253))]
+    pub key: String,
+}
+
+fn keys_json() -> String {
+    "keys.json".to_owned()
+}
+
+/// TLS between routers and workers: each shows the other a certificate. Both Secrets hold tls.crt, tls.key and, as
+/// ca.crt, the authorities that issued the other's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MutualTls {
+    /// workerSecretName is the Secret of worker pods, in the model's namespace; its certificate is for the
+    /// DNS name serverName. Required.
+    #[schemars(length(min = 1, max = 253))]
+    pub worker_secret_name: String,
+    /// routerSecretName is the Secret of router pods, in the model's namespace. Required.
+    #[schemars(length(min = 1, max = 253))]
+    pub router_secret_name: String,
+    /// serverName is the DNS name that workers' certificates carry. Pods are addressed by IPs that no
+    /// certificate can know ahead, so the name is that of the role. Defaults to swallow-worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub server_name: Option<String>,
 }
 
 /// How many requests may wait in each router pod, all models together. Beyond it, clients get 429 or

@@ -145,6 +145,16 @@ pub(super) const RULES: &[Rule] = &[
         message: "name must be lower-case letters, digits and -, begin with a letter and not end with -worker",
     },
     Rule {
+        at: &["spec", "router", "mutualTls"],
+        rule: "!has(self.serverName) || self.serverName.matches('^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$')",
+        message: "serverName must be a DNS name in lower case, such as swallow-worker",
+    },
+    Rule {
+        at: &["spec", "router", "mutualTls"],
+        rule: "self.workerSecretName != self.routerSecretName",
+        message: "workerSecretName and routerSecretName must differ: who holds a worker's key could pass for a router",
+    },
+    Rule {
         at: &["spec", "router"],
         rule: "has(self.name) == has(oldSelf.name) && (!has(self.name) || self.name == oldSelf.name)",
         message: "name is immutable, because clients know the address",

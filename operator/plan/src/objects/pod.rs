@@ -22,7 +22,7 @@ use crate::{
     RETRY_ANNOTATION, Valid,
     launch::{
         CA_FOLDER, CACHE_FOLDER, CacheVolume, FetchLaunch, GroupLaunch, GroupTemplate, MODEL_FOLDER,
-        ModelSource, TOKEN_FOLDER, WORKER_GRPC_PORT, WORKER_HTTP_PORT,
+        MUTUAL_TLS_FOLDER, ModelSource, TOKEN_FOLDER, WORKER_GRPC_PORT, WORKER_HTTP_PORT,
     },
     model::{ConfigMapKey, SecretKey, Spread, Toleration, TolerationEffect, TolerationOperator},
 };
@@ -120,9 +120,14 @@ fn pod_spec(valid: &Valid, group: &GroupLaunch) -> PodSpec {
         resources,
         placement,
         pull_secrets,
+        tls_secret,
         ..
     } = &group.template;
     let (mut volumes, mut mounts, fetch) = files(&group.template);
+    if let Some(secret) = tls_secret {
+        volumes.push(secret_volume("mutual-tls", secret, None));
+        mounts.push(read_only("mutual-tls", MUTUAL_TLS_FOLDER));
+    }
     let mut folder = |name: &str, path: &str, source: EmptyDirVolumeSource| {
         volumes.push(Volume {
             name: name.into(),
@@ -177,7 +182,7 @@ fn pod_spec(valid: &Valid, group: &GroupLaunch) -> PodSpec {
             resources: Some(requirements(resources, *gpus)),
             security_context: Some(container_security()),
             termination_message_policy: Some("FallbackToLogsOnError".into()),
-            readiness_probe: Some(readiness()),
+            readiness_probe: Some(readiness("http")),
             volume_mounts: Some(mounts),
             ..Container::default()
         }],
@@ -301,19 +306,26 @@ fn ca_volume(ca: &ConfigMapKey) -> Volume {
 }
 
 fn token_volume(token: &SecretKey) -> Volume {
-    let item = KeyToPath {
-        key: token.key.clone(),
-        path: "token".into(),
-        mode: None,
-    };
+    secret_volume("token", &token.name, Some((&token.key, "token")))
+}
+
+/// A Secret as a folder: of one entry as a file of that name, or of all.
+pub(super) fn secret_volume(name: &str, secret: &str, item: Option<(&str, &str)>) -> Volume {
+    let items = item.map(|(key, path)| {
+        vec![KeyToPath {
+            key: key.to_owned(),
+            path: path.to_owned(),
+            mode: None,
+        }]
+    });
     let source = SecretVolumeSource {
-        secret_name: Some(token.name.clone()),
-        items: Some(vec![item]),
+        secret_name: Some(secret.to_owned()),
+        items,
         default_mode: Some(0o440),
         optional: Some(false),
     };
     Volume {
-        name: "token".into(),
+        name: name.into(),
         secret: Some(source),
         ..Volume::default()
     }
@@ -327,7 +339,7 @@ fn mount(name: &str, path: &str) -> VolumeMount {
     }
 }
 
-fn read_only(name: &str, path: &str) -> VolumeMount {
+pub(super) fn read_only(name: &str, path: &str) -> VolumeMount {
     VolumeMount {
         read_only: Some(true),
         ..mount(name, path)
