@@ -25,6 +25,7 @@ use swallow_router::{
 use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
+    task::JoinHandle,
 };
 use tracing::{info, warn};
 
@@ -96,7 +97,7 @@ fn main() -> ExitCode {
 }
 
 async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
-    let mut signals = Signals::new().map_err(RunError::Signals)?;
+    let signals = Signals::new().map_err(RunError::Signals)?;
     let grpc_listener = listen("grpc-listen", args.grpc_listen).await?;
     let http_listener = listen("http-listen", args.http_listen).await?;
     let metrics = Arc::new(Metrics::new());
@@ -152,47 +153,79 @@ async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     );
     let watch = tokio::spawn(vitals.clone().guard("health".into(), health.watch(door.clone())));
 
-    let name = tokio::select! {
-        name = signals.next() => name,
-        panicked = vitals.panicked() => {
-            door.leave();
-            return Err(panicked.into());
-        }
+    let served = [grpc, http];
+    let ends = Ends {
+        door,
+        supervisor,
+        shutdown: shutdown_handle,
     };
-    // Not ready from here on. Until that is known everywhere, requests still come, on new connections too, and are
-    // served like any other.
-    door.leave();
-    let delay = Duration::from_secs(args.shutdown_delay_seconds.into());
-    let drain = Duration::from_secs(args.drain_timeout_seconds.into());
-    info!(
-        signal = name,
-        delay_seconds = delay.as_secs(),
-        drain_seconds = drain.as_secs(),
-        "draining; a second signal ends the router at once"
-    );
-    let answers = async {
-        tokio::time::sleep(delay).await;
-        door.drain();
-        shutdown_handle.begin(drain + LAST_WORDS);
-        supervisor.shutdown(drain).await;
-        shutdown_handle.begin(LAST_WORDS);
-    };
-    let drained = async { tokio::join!(answers, grpc, http, watch) };
-    tokio::select! {
-        ((), grpc, http, _) = drained => {
-            let finished = |ended: Result<Option<bool>, _>| matches!(ended, Ok(Some(true)));
-            if !(finished(grpc) && finished(http)) {
-                info!("connections that stayed open were cut");
+    ends.at_a_signal(args, signals, served, watch).await
+}
+
+/// What is told that the router ends.
+struct Ends {
+    door: Door,
+    supervisor: Supervisor,
+    shutdown: ShutdownHandle,
+}
+
+impl Ends {
+    /// Waits for a signal, then lets clients go elsewhere and streams end.
+    async fn at_a_signal(
+        self,
+        args: &RouterArgs,
+        mut signals: Signals,
+        [grpc, http]: [JoinHandle<Option<bool>>; 2],
+        watch: JoinHandle<Option<()>>,
+    ) -> Result<(), RunError> {
+        let Self {
+            door,
+            supervisor,
+            shutdown,
+        } = self;
+        let vitals = supervisor.vitals();
+        let name = tokio::select! {
+            name = signals.next() => name,
+            panicked = vitals.panicked() => {
+                door.leave();
+                return Err(panicked.into());
             }
-            info!("drained");
+        };
+        // Not ready from here on. Until that is known everywhere, requests still come, on new connections too, and are
+        // served like any other.
+        door.leave();
+        let delay = Duration::from_secs(args.shutdown_delay_seconds.into());
+        let drain = Duration::from_secs(args.drain_timeout_seconds.into());
+        info!(
+            signal = name,
+            delay_seconds = delay.as_secs(),
+            drain_seconds = drain.as_secs(),
+            "draining; a second signal ends the router at once"
+        );
+        let answers = async {
+            tokio::time::sleep(delay).await;
+            door.drain();
+            shutdown.begin(drain + LAST_WORDS);
+            supervisor.shutdown(drain).await;
+            shutdown.begin(LAST_WORDS);
+        };
+        let drained = async { tokio::join!(answers, grpc, http, watch) };
+        tokio::select! {
+            ((), grpc, http, _) = drained => {
+                let finished = |ended: Result<Option<bool>, _>| matches!(ended, Ok(Some(true)));
+                if !(finished(grpc) && finished(http)) {
+                    info!("connections that stayed open were cut");
+                }
+                info!("drained");
+            }
+            panicked = vitals.panicked() => return Err(panicked.into()),
+            name = signals.next() => {
+                warn!(signal = name, "ended at once");
+                std::process::exit(1);
+            }
         }
-        panicked = vitals.panicked() => return Err(panicked.into()),
-        name = signals.next() => {
-            warn!(signal = name, "ended at once");
-            std::process::exit(1);
-        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// What the operator decided about the HTTP front.

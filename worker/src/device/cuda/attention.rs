@@ -5,7 +5,8 @@ use std::sync::Arc;
 use super::{
     BF16, CudaSpec, CudaStep, F32, Kv, Rows,
     blas::size,
-    driver::{Arg, Gpu, MAP_BYTES, Memory},
+    driver::{Arg, Gpu, MAP_BYTES},
+    memory::Memory,
     ops::Kernels,
 };
 use crate::device::{DeviceError, Heads, KvShape};

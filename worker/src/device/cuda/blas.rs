@@ -23,8 +23,9 @@ use cudarc::{
 };
 
 use super::{
-    driver::{Gpu, Memory},
+    driver::Gpu,
     libs::{Library, LibraryError, Wanted, functions, string},
+    memory::Memory,
 };
 use crate::device::DeviceError;
 

@@ -12,8 +12,9 @@ use swallow_schedule::SeqId;
 
 use super::{
     CudaDevice, CudaSpec, F32,
-    driver::{Arg, Gpu, Memory, Pinned, Plain},
+    driver::{Arg, Gpu},
     head::{HARD_TOP_MIN, LATER_MAX, batch, locked},
+    memory::{Memory, Pinned, Plain},
     upload::NO_SLOT,
 };
 use crate::{

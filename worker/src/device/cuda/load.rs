@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use super::driver::{Event, Gpu, Pinned};
+use super::{
+    driver::{Event, Gpu},
+    memory::Pinned,
+};
 use crate::device::{DeviceError, Part};
 
 /// Numbers of one buffer: 16 MiB of bf16.

@@ -14,6 +14,7 @@ mod head;
 mod kernels;
 mod libs;
 mod load;
+mod memory;
 mod nccl;
 mod nvrtc;
 mod ops;
@@ -32,9 +33,10 @@ use self::{
     attention::Attention,
     blas::{Blas, Shape},
     draws::Draws,
-    driver::{Event, Gpu, Memory},
+    driver::{Event, Gpu},
     head::{Flight, Head},
     load::Staging,
+    memory::Memory,
     nccl::Comm,
     ops::Kernels,
     profile::Profile,

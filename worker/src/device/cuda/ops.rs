@@ -8,8 +8,9 @@ use super::{
     BF16, CudaDevice, CudaStep, F32, Kv, Matrix, Rows, Vector, attention,
     attention::{HOPPER_SHARED, tile_shared},
     blas::{Operands, Out, Shape, size},
-    driver::{Arg, Gpu, Kernel, Memory, Module},
+    driver::{Arg, Gpu, Kernel, Module},
     kernels::{KernelError, SOURCES, SourceFile, arch, machine_code},
+    memory::Memory,
     nccl::Numbers,
 };
 use crate::device::{

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use super::{
     CudaDevice, CudaStep, Kv, Rows,
     blas::{Out, Shape},
-    driver::{Event, Gpu, Memory},
+    driver::{Event, Gpu},
+    memory::Memory,
 };
 use crate::device::{DeviceError, OpTime};
 

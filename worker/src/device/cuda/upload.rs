@@ -10,7 +10,8 @@ use std::sync::Arc;
 use super::{
     CudaSpec,
     attention::TILE_ROWS,
-    driver::{Gpu, Memory, Pinned},
+    driver::Gpu,
+    memory::{Memory, Pinned},
     recording::RECORDED_ROWS,
 };
 use crate::device::{AHEAD_MAX, DeviceError, HeadUse, RowToken, StepMeta};
