@@ -29,8 +29,8 @@ impl Mix {
         let single = (0..self.batch).map(|n| work(n, self.context, vec![n as u32 % vocab], n * each));
         let prompt = (self.prefill_tokens > 0).then(|| {
             let tokens = (0..self.prefill_tokens as u32).map(|i| i % vocab).collect();
-            // In the blocks of the first sequence: keys and values mean nothing here.
-            work(self.batch, 0, tokens, 0)
+            // Behind the others: a GPU's pool has room for it.
+            work(self.batch, 0, tokens, self.batch * each)
         });
         single.chain(prompt).collect()
     }
