@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicUsize},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -30,7 +30,7 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
-    time::Instant,
+    time::{Instant, Sleep},
 };
 
 use tokio_rustls::TlsAcceptor;
@@ -60,6 +60,9 @@ const PROBE_AFTER: Duration = Duration::from_secs(15);
 const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// An idle connection that was asked to close has so long to do so.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// After the last answer on an HTTP/1 connection, what its client still sends is read and thrown away for so long. A socket
+/// that is closed over unread bytes resets its connection, and the answer may be lost before the client has read it.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// One accepted socket.
 pub(super) struct Connection {
@@ -148,6 +151,8 @@ impl Talk {
         let io = TokioIo::new(Watched {
             inner: stream,
             pulse: pulse.clone(),
+            lingers: self.protocol == Protocol::Http,
+            until: None,
         });
         let life = Life {
             peer: self.peer,
@@ -342,6 +347,29 @@ impl Life {
 struct Watched<I> {
     inner: I,
     pulse: Pulse,
+    /// Its client may still send when there is nothing more to say.
+    lingers: bool,
+    /// There is nothing more to say; it is closed then.
+    until: Option<Pin<Box<Sleep>>>,
+}
+
+impl<I: AsyncRead + Unpin> Watched<I> {
+    /// Reads and throws away, until the client closes its end or `until`.
+    fn poll_linger(&mut self, cx: &mut Context<'_>, mut until: Pin<Box<Sleep>>) -> Poll<()> {
+        let mut scratch = [0; 4096];
+        while until.as_mut().poll(cx).is_pending() {
+            let mut buffer = ReadBuf::new(&mut scratch);
+            match Pin::new(&mut self.inner).poll_read(cx, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {}
+                Poll::Ready(_) => break,
+                Poll::Pending => {
+                    self.until = Some(until);
+                    return Poll::Pending;
+                }
+            }
+        }
+        Poll::Ready(())
+    }
 }
 
 impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
@@ -360,7 +388,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
     }
 }
 
-impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
+impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<I> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.inner).poll_write(cx, bytes)
     }
@@ -370,7 +398,17 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
+        let until = match self.until.take() {
+            Some(until) => until,
+            None => {
+                ready!(Pin::new(&mut self.inner).poll_shutdown(cx))?;
+                if !self.lingers {
+                    return Poll::Ready(Ok(()));
+                }
+                Box::pin(tokio::time::sleep(LINGER))
+            }
+        };
+        self.poll_linger(cx, until).map(Ok)
     }
 
     fn poll_write_vectored(
