@@ -7,6 +7,7 @@
 pub mod workers;
 
 use std::{
+    fmt::Display,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
@@ -69,23 +70,11 @@ impl Certificate {
 
     /// Follows the files, for ever.
     pub async fn follow(self) {
-        let mut told = false;
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            told = match self.look() {
-                Ok(false) => false,
-                Ok(true) => {
-                    info!(path = %self.0.cert.display(), "the certificate was read again");
-                    false
-                }
-                // While two files change, one is ahead of the other: worth a line, once.
-                Err(error) if !told => {
-                    error!(%error, "the certificate stays as it was");
-                    true
-                }
-                Err(_) => true,
-            };
-        }
+        let said = [
+            "the certificate was read again",
+            "the certificate stays as it was",
+        ];
+        follow(said, || self.look()).await;
     }
 
     /// Reads the files. True: there is another certificate now.
@@ -124,6 +113,27 @@ impl ResolvesServerCert for Certificate {
         Some(Arc::clone(
             &self.0.now.read().unwrap_or_else(PoisonError::into_inner),
         ))
+    }
+}
+
+/// Looks at files for ever, and says when they have changed, or why what was read of them stays.
+async fn follow<E: Display>([again, stays]: [&str; 2], look: impl Fn() -> Result<bool, E>) {
+    let mut told = false;
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        told = match look() {
+            Ok(false) => false,
+            Ok(true) => {
+                info!("{again}");
+                false
+            }
+            // While several files change, one is ahead of the others: worth a line, once.
+            Err(error) if !told => {
+                error!(%error, "{stays}");
+                true
+            }
+            Err(_) => true,
+        };
     }
 }
 

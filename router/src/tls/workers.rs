@@ -10,7 +10,6 @@ use std::{
     pin::Pin,
     sync::{Arc, OnceLock, PoisonError, RwLock},
     task::{Context, Poll},
-    time::Duration,
 };
 
 use hyper_util::rt::TokioIo;
@@ -25,10 +24,6 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::codegen::{Service, http::Uri};
-use tracing::{error, info};
-
-/// Between two looks at the files. A mounted Secret takes a minute to arrive anyway.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// Files or a name that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -104,23 +99,11 @@ impl WorkerTls {
 
     /// Follows the files, for ever.
     pub async fn follow(self) {
-        let mut told = false;
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            told = match self.look() {
-                Ok(false) => false,
-                Ok(true) => {
-                    info!("the certificates for workers were read again; new sessions use them");
-                    false
-                }
-                // While several files change, one is ahead of the others: worth a line, once.
-                Err(error) if !told => {
-                    error!(%error, "the certificates for workers stay as they were");
-                    true
-                }
-                Err(_) => true,
-            };
-        }
+        let said = [
+            "the certificates for workers were read again; new sessions use them",
+            "the certificates for workers stay as they were",
+        ];
+        super::follow(said, || self.look()).await;
     }
 
     /// Reads the files. True: they have changed.
