@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::{
     Observed, Phase, Progress, Refused, SeenGroup, Timestamp, Valid,
-    action::groups as count,
+    action::{counted, groups as count},
     after,
     census::Census,
     memory::{MemoryPlan, Size},
@@ -251,9 +251,9 @@ impl Told<'_> {
                     Device::CPU => "each rank",
                 };
                 let message = format!(
-                    "{} KV tokens a group, {} sequences of {length}; {place}: {} weights, {} workspace, {} KV cache",
+                    "{} KV tokens a group, {} of {length}; {place}: {} weights, {} workspace, {} KV cache",
                     plan.kv_tokens,
-                    plan.kv_tokens / length,
+                    counted(plan.kv_tokens / length, "sequence"),
                     Size(plan.weights_bytes),
                     Size(plan.overhead_bytes),
                     Size(plan.kv_cache_bytes),
@@ -289,11 +289,11 @@ impl Told<'_> {
     fn ready(&self) -> Fact {
         let want = self.census.want;
         let serving = self.census.serving();
-        let message = format!("{serving} of {} serve", count(want));
+        let message = format!("{serving} of {} serving", count(want));
         let unavailable = usize::try_from(self.model.spec.rollout.max_unavailable).unwrap_or_default();
         let enough = want.saturating_sub(unavailable).max(1);
         if let Some(off) = self.off() {
-            return fact("Ready", false, off, format!("{} serve", count(serving)));
+            return fact("Ready", false, off, format!("{} serving", count(serving)));
         }
         if serving < enough {
             let (reason, message) = self.shortfall(message);
@@ -318,13 +318,13 @@ impl Told<'_> {
     fn fully_available(&self) -> Fact {
         let want = self.census.want;
         let updated = self.census.updated();
-        let message = format!("{updated} of {} serve this spec", count(want));
+        let message = format!("{updated} of {} serving this spec", count(want));
         if let Some(off) = self.off() {
             return fact(
                 "FullyAvailable",
                 false,
                 off,
-                format!("{} serve this spec", count(updated)),
+                format!("{} serving this spec", count(updated)),
             );
         }
         if self.verdict.is_ok() && updated >= want && self.census.old.is_empty() {
@@ -361,10 +361,7 @@ impl Told<'_> {
             return fact(kind, false, "NoRoomForSurge", message);
         }
         if !old.is_empty() || !old_failed.is_empty() {
-            let message = format!(
-                "{} groups of older revisions are left",
-                old.len() + old_failed.len()
-            );
+            let message = format!("{} of older revisions left", count(old.len() + old_failed.len()));
             return fact(kind, false, "RollingOut", message);
         }
         if !self.decided.actions.is_empty() || moving || !lost.is_empty() {
