@@ -88,14 +88,12 @@ impl Mounted {
     /// Puts the files of a model's Secrets in the place of those in a pod.
     pub fn of_router(&self, valid: &Valid, router: &mut RouterLaunch) {
         let file = |secret: &Option<String>, entry: &str| {
-            secret
-                .as_ref()
-                .and_then(|name| self.folder(valid, name))
-                .map(|folder| folder.join(entry))
+            let name = secret.as_ref()?;
+            Some(self.folder(valid, name).join(entry))
         };
         let args = &mut router.args;
         let keys = router.api_keys.as_ref();
-        args.api_keys = keys.and_then(|keys| Some(self.folder(valid, &keys.name)?.join(&keys.key)));
+        args.api_keys = keys.map(|keys| self.folder(valid, &keys.name).join(&keys.key));
         args.tls_cert = file(&router.tls_secret, "tls.crt");
         args.tls_key = file(&router.tls_secret, "tls.key");
         args.worker_ca = file(&router.worker_tls_secret, "ca.crt");
@@ -111,17 +109,20 @@ impl Mounted {
             _ => None,
         };
         GroupSecrets {
-            tls: mutual.and_then(|tls| self.folder(valid, &tls.worker_secret_name)),
-            token: token.and_then(|token| match token_file {
-                Some(file) => Some(file.to_owned()),
-                None => Some(self.folder(valid, &token.name)?.join(&token.key)),
+            tls: mutual.map(|tls| self.folder(valid, &tls.worker_secret_name)),
+            token: token.map(|token| match token_file {
+                Some(file) => file.to_owned(),
+                None => self.folder(valid, &token.name).join(&token.key),
             }),
         }
     }
 
-    fn folder(&self, valid: &Valid, secret: &str) -> Option<PathBuf> {
-        let folder = self.folder.as_ref()?;
-        Some(path(folder.path(), &(valid.namespace.clone(), secret.to_owned())))
+    fn folder(&self, valid: &Valid, secret: &str) -> PathBuf {
+        let folder = self
+            .folder
+            .as_ref()
+            .expect("it is made where a model names a Secret");
+        path(folder.path(), &(valid.namespace.clone(), secret.to_owned()))
     }
 }
 

@@ -180,7 +180,8 @@ pub struct RouterArgs {
     /// TLS
     #[arg(long, value_name = "FILE", requires_all = ["worker_cert", "worker_key"])]
     pub worker_ca: Option<PathBuf>,
-    /// Certificate chain that workers are shown, in PEM; all three files are read again when they change
+    /// Certificate chain that workers are shown, in PEM, for the extended key usage clientAuth; all three files are read
+    /// again when they change
     #[arg(long, value_name = "FILE", requires = "worker_ca")]
     pub worker_cert: Option<PathBuf>,
     /// Its private key, in PEM
