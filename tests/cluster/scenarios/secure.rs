@@ -187,4 +187,18 @@ pub fn a_model_waits_for_its_secrets_and_follows_them(space: &Space<'_>) {
     let ended = rest.matches("\"finish_reason\":\"length\"").count();
     assert_eq!((ended, rest.contains("[DONE]")), (CANDIDATES, true));
     assert_eq!(lives(space), before, "nothing was started again");
+
+    // A router that is changed to a Secret which is not there cannot start; the one before it serves on, and that is told.
+    space.patch(
+        "secured",
+        &json!({"spec": {"router": {"tlsSecretName": "absent"}}}),
+    );
+    space.until_model("secured", "what the newer router waits for", |model| {
+        let (status, reason, message) = condition(model, "RouterReady");
+        let named = message.contains("secret \"absent\" not found");
+        ((status, reason, named) == ("True", "Available", true))
+            .then_some(())
+            .ok_or_else(|| "the Secret is not named".into())
+    });
+    assert_eq!(status(&renewed, Some(&renewed.key)), Ok(200));
 }
