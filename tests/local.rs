@@ -1,17 +1,18 @@
 //! The main job on one machine, as processes: it serves, it survives the loss of a group, it ends without leaving
 //! anything behind, and a mistake is one clear line.
 
-use std::{net::TcpListener, process::Command};
+use std::{fs, net::TcpListener, process::Command};
 
 use futures::StreamExt;
 use nix::sys::signal::{Signal, kill};
+use serde_json::json;
 use swallow_rpc::inference::v1::{
     ChatMessage, ChatRequest, GenerateRequest, GetModelRequest, Role, SamplingParams, StopCriteria,
     StreamGenerateRequest, chat_service_client::ChatServiceClient, generate_request::Prompt,
     generation_service_client::GenerationServiceClient, model_service_client::ModelServiceClient,
     stream_generate_response::Event,
 };
-use swallow_tests::{Local, is_alive, model_yaml, program, root, wait_for};
+use swallow_tests::{Local, MadeSecrets, ask_https, is_alive, model_yaml, program, root, wait_for};
 use tonic::transport::Channel;
 
 fn tiny(replicas: u32) -> String {
@@ -258,4 +259,49 @@ fn a_mistake_is_one_clear_line() {
             assert!(stderr.contains(word), "{what}: '{word}' is not in: {stderr}");
         }
     }
+}
+
+/// The sample of a secured model with the Secrets of `deploy/make-secrets`, as the sample itself says.
+#[test]
+fn a_secured_model_asks_for_a_key_over_tls() {
+    let sample =
+        fs::read_to_string(root().join("deploy/models/secured.yaml")).expect("it is in the repository");
+    let fixture = root().join("tests/fixtures/tiny").display().to_string();
+    let made = MadeSecrets::new("secured", &[]);
+    let yaml = sample.replace("/srv/models/tiny", &fixture) + &made.yaml;
+    let mut local = Local::start(&yaml, &[]);
+    let (_, http) = local.ready();
+    let url = format!("https://{http}/v1/completions");
+    let body =
+        json!({"model": "secured", "prompt": "1 2 3", "max_tokens": 4, "temperature": 0, "ignore_eos": true});
+    let ask = |key| ask_https(&url, &made.authority, key, &body);
+    let (status, answer) = ask(Some(&made.key)).expect("the certificate is for this address");
+    assert_eq!(
+        (status, &answer["usage"]["completion_tokens"]),
+        (200, &json!(4)),
+        "{answer}"
+    );
+    for key in [None, Some("another")] {
+        let (status, answer) = ask(key).expect("it is refused in the protocol's own form");
+        assert_eq!(status, 401, "{answer}");
+    }
+    let plain = ask_https(
+        &url.replace("https:", "http:"),
+        &made.authority,
+        Some(&made.key),
+        &body,
+    );
+    plain.expect_err("who speaks no TLS is not served");
+    let workers: Vec<_> = local
+        .processes()
+        .into_iter()
+        .filter(|(_, line)| line.contains("swallow-worker serve"))
+        .collect();
+    assert_eq!(workers.len(), 2, "{workers:?}");
+    assert!(
+        workers.iter().all(|(_, line)| line.contains("--tls-client-ca=")),
+        "{workers:?}"
+    );
+    local.signal(Signal::SIGTERM);
+    assert!(local.wait().success(), "{}", local.stderr());
 }

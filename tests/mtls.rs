@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -17,7 +17,8 @@ use rcgen::{
     date_time_ymd,
 };
 use serde_json::{Value, json};
-use swallow_tests::{PATIENCE, post, program, wait_for};
+use socket2::{Domain, Socket, Type};
+use swallow_tests::{PATIENCE, post, program, read_slowly_while, wait_for};
 
 /// A small model without files.
 const MODEL: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
@@ -38,10 +39,14 @@ struct Leaf {
     expired: bool,
 }
 
+/// What a certificate says that it is for.
 #[derive(Clone, Copy)]
 enum Role {
     Worker,
     Router,
+    Both,
+    /// Nothing, which TLS itself takes for anything.
+    Unsaid,
 }
 
 const WORKER: Leaf = Leaf {
@@ -56,10 +61,26 @@ const ROUTER: Leaf = Leaf {
 };
 
 impl Authority {
-    fn new(name: &str) -> Self {
+    /// One below this one, which says as little as this one of what it is for.
+    fn between(&self, name: &str) -> Self {
+        let params = Self::params(name);
+        let key = KeyPair::generate().expect("a key");
+        let pem = params.signed_by(&key, &self.issuer).expect("a certificate").pem();
+        Self {
+            issuer: Issuer::new(params, key),
+            pem,
+        }
+    }
+
+    fn params(name: &str) -> CertificateParams {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, name);
+        params
+    }
+
+    fn new(name: &str) -> Self {
+        let params = Self::params(name);
         let key = KeyPair::generate().expect("a key");
         let pem = params.self_signed(&key).expect("a certificate").pem();
         Self {
@@ -71,10 +92,16 @@ impl Authority {
     /// Certificate and key, in PEM.
     fn issue(&self, leaf: Leaf) -> [String; 2] {
         let mut params = CertificateParams::new([leaf.name.to_owned()]).expect("a name");
-        params.extended_key_usages = vec![match leaf.role {
-            Role::Worker => ExtendedKeyUsagePurpose::ServerAuth,
-            Role::Router => ExtendedKeyUsagePurpose::ClientAuth,
-        }];
+        let (server, client) = (
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        );
+        params.extended_key_usages = match leaf.role {
+            Role::Worker => vec![server],
+            Role::Router => vec![client],
+            Role::Both => vec![server, client],
+            Role::Unsaid => Vec::new(),
+        };
         if leaf.expired {
             params.not_before = date_time_ymd(2020, 1, 1);
             params.not_after = date_time_ymd(2021, 1, 1);
@@ -182,7 +209,7 @@ impl Running {
             "--replica-id=r",
             "--grpc-listen=127.0.0.1:0",
             "--http-listen=127.0.0.1:0",
-            "--kv-bytes=16777216",
+            "--kv-bytes=67108864",
             "--threads=1",
             "--log-format=json",
         ];
@@ -245,6 +272,25 @@ fn router_and_worker_that_know_each_other_serve() {
     assert_eq!(answer(&router)["usage"]["completion_tokens"], 8);
 }
 
+/// Only the certificate at the end of a chain has to say what it is for; and it may say more than it needs.
+#[test]
+fn authorities_between_need_not_say_what_they_are_for() {
+    let root = Authority::new("ours");
+    let between = root.between("between");
+    let issue = |leaf: Leaf| {
+        let [certificate, key] = between.issue(Leaf {
+            role: Role::Both,
+            ..leaf
+        });
+        [certificate + &between.pem, key]
+    };
+    let worker_files = Files::new(&root.pem, issue(WORKER));
+    let router_files = Files::new(&root.pem, issue(ROUTER));
+    let (_worker, address) = Running::worker(&worker_files.of_worker());
+    let router = Running::router(&address, &router_files.of_router());
+    assert_eq!(answer(&router)["usage"]["completion_tokens"], 8);
+}
+
 /// What each of the two says when they do not get on.
 struct Quarrel<'a> {
     worker: &'a [String],
@@ -269,6 +315,10 @@ fn whoever_is_not_known_is_refused_with_words_on_both_sides() {
     let (ca, other) = (Authority::new("ours"), Authority::new("another"));
     let expired = |leaf: Leaf| Leaf {
         expired: true,
+        ..leaf
+    };
+    let unsaid = |leaf: Leaf| Leaf {
+        role: Role::Unsaid,
         ..leaf
     };
     let worker = Files::new(&ca.pem, ca.issue(WORKER)).of_worker_kept();
@@ -327,8 +377,21 @@ fn whoever_is_not_known_is_refused_with_words_on_both_sides() {
         (
             worker.clone(),
             of_router(&ca, ca.issue(WORKER)),
-            Some("its certificate is refused"),
+            Some("its certificate does not say that it is for clients"),
             "the worker refuses the certificate of --worker-cert",
+        ),
+        // Nor does one that passes for anything by saying nothing, on either side.
+        (
+            worker.clone(),
+            of_router(&ca, ca.issue(unsaid(ROUTER))),
+            Some("issue it with the extended key usage clientAuth"),
+            "have the extended key usage clientAuth",
+        ),
+        (
+            of_worker(ca.issue(unsaid(WORKER))),
+            router.clone(),
+            Some("have the extended key usage serverAuth"),
+            "issue it with the extended key usage serverAuth",
         ),
         // One speaks TLS and the other does not.
         (
@@ -442,12 +505,26 @@ fn files_that_cannot_be_used_end_the_start_with_the_flags_name() {
     );
 }
 
-/// Reads a completion as it comes; gives the events from the moment on at which `then` was run, after the first one.
+/// Of the stream.
+const CANDIDATES: usize = 8;
+/// Little of a stream goes into the system's buffers on the client's side.
+const CLIENT_BUFFER_BYTES: usize = 4 << 10;
+
+/// Reads a completion, slowly while `then` runs, which begins after the first event; gives all that came afterwards.
 fn stream(address: &str, tokens: u32, then: impl FnOnce()) -> String {
     let mut body = completion(tokens);
     body["stream"] = true.into();
+    // More than the system's buffers take: without log-probabilities, the tokens of a slow reader come in few events.
+    body["logprobs"] = 5.into();
+    body["n"] = CANDIDATES.into();
     let body = body.to_string();
-    let mut connection = TcpStream::connect(address).expect("it listens");
+    let address: SocketAddr = address.parse().expect("the router tells an address");
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    socket
+        .set_recv_buffer_size(CLIENT_BUFFER_BYTES)
+        .expect("a size above 0");
+    socket.connect(&address.into()).expect("it listens");
+    let mut connection = TcpStream::from(socket);
     connection
         .set_read_timeout(Some(PATIENCE))
         .expect("a time above 0");
@@ -458,18 +535,34 @@ fn stream(address: &str, tokens: u32, then: impl FnOnce()) -> String {
         body.len()
     )
     .expect("it reads");
-    let mut reader = BufReader::new(connection);
+    let mut reader = BufReader::with_capacity(CLIENT_BUFFER_BYTES, connection);
     let mut line = String::new();
     while !line.starts_with("data: ") {
         line.clear();
         assert!(reader.read_line(&mut line).expect("it answers") > 0, "no event");
     }
-    then();
-    let mut rest = String::new();
+    let mut rest = read_slowly_while(&mut reader, then);
+    assert!(!rest.contains("[DONE]"), "the stream had ended: {}", tail(&rest));
     reader
         .read_to_string(&mut rest)
         .expect("the stream goes on to its end");
     rest
+}
+
+/// How many requests a router is answering.
+fn open_streams(router: &Running) -> u32 {
+    let mut connection = TcpStream::connect(router.http()).expect("it listens");
+    connection
+        .write_all(b"GET /metrics HTTP/1.1\r\nhost: router\r\nconnection: close\r\n\r\n")
+        .expect("it reads");
+    let mut text = String::new();
+    connection.read_to_string(&mut text).expect("it answers");
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix("swallow_router_open_streams{method=\"completions\"} "));
+    value
+        .and_then(|value| value.parse().ok())
+        .unwrap_or_else(|| panic!("no such series: {text}"))
 }
 
 #[test]
@@ -480,8 +573,8 @@ fn certificates_change_under_a_running_stream() {
     let (worker, address) = Running::worker(&worker_files.of_worker());
     let router = Running::router(&address, &router_files.of_router());
     answer(&router);
-    // More than goes through in the seconds that the change takes; a client that does not read holds it up.
-    let rest = stream(&router.http(), 4000, || {
+    let rest = stream(&router.http(), 2500, || {
+        assert_eq!(open_streams(&router), 1, "it is open before the change");
         worker_files.put(&new.pem, new.issue(WORKER));
         router_files.put(&new.pem, new.issue(ROUTER));
         worker.says("the certificates were read again");
@@ -491,11 +584,12 @@ fn certificates_change_under_a_running_stream() {
         answer(&Running::router(&address, &late.of_router()));
         let early = Files::new(&old.pem, old.issue(ROUTER));
         Running::router(&address, &early.of_router()).says("no authority in --worker-ca");
+        assert_eq!(open_streams(&router), 1, "and it is open after it");
     });
     assert!(rest.contains("[DONE]"), "the stream broke: {}", tail(&rest));
     assert_eq!(
         rest.matches("\"finish_reason\":\"length\"").count(),
-        1,
+        CANDIDATES,
         "{}",
         tail(&rest)
     );

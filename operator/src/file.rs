@@ -1,5 +1,7 @@
-//! SwallowModels from a file: YAML, one or more documents, read strictly. An error is a list of lines, each naming the
-//! file, the model and the field.
+//! SwallowModels from a file, and the Secrets beside them: YAML, one or more documents, read strictly. An error is a list of
+//! lines, each naming the file, the object and the field.
+
+mod secret;
 
 use std::{
     collections::BTreeSet,
@@ -17,17 +19,28 @@ use swallow_plan::{
 
 /// The most bytes of a file with models: it is written by hand.
 const FILE_MAX: u64 = 4 << 20;
-/// The most models of a file.
-const MODELS_MAX: usize = 256;
+/// The most models of a file, and the most Secrets.
+const OBJECTS_MAX: usize = 256;
+
+pub use secret::{Place, Secrets};
 
 /// Lines that say what is wrong.
 pub type Errors = Vec<String>;
 
-/// Reads every SwallowModel of a file; `-` is standard input.
-pub fn read(path: &Path) -> Result<Vec<SwallowModel>, Errors> {
+/// What a file holds.
+#[derive(Debug)]
+pub struct Contents {
+    /// At least one, in their order.
+    pub models: Vec<SwallowModel>,
+    /// By name.
+    pub secrets: Secrets,
+}
+
+/// Reads every SwallowModel and every Secret of a file; `-` is standard input.
+pub fn read(path: &Path) -> Result<Contents, Errors> {
     let name = path.display();
     let text = text(path).map_err(|error| vec![format!("{name}: {error}")])?;
-    let mut models = Vec::new();
+    let (mut models, mut secrets) = (Vec::new(), Secrets::default());
     let mut errors = Vec::new();
     for (i, document) in serde_yaml_ng::Deserializer::from_str(&text).enumerate() {
         let value = match Value::deserialize(document) {
@@ -38,15 +51,21 @@ pub fn read(path: &Path) -> Result<Vec<SwallowModel>, Errors> {
         };
         let called = value.pointer("/metadata/name").and_then(Value::as_str);
         let who = called.map_or_else(|| format!("document {}", i + 1), str::to_owned);
-        match model::read(&value) {
-            Ok(model) => models.push(model),
-            Err(problems) => {
-                errors.extend(problems.iter().map(|problem| format!("{name}: {who}: {problem}")))
+        if secret::is_secret(&value) {
+            if let Err(problem) = secrets.add(&value) {
+                errors.push(format!("{name}: {who}: {problem}"));
+            }
+        } else {
+            match model::read(&value) {
+                Ok(model) => models.push(model),
+                Err(problems) => {
+                    errors.extend(problems.iter().map(|problem| format!("{name}: {who}: {problem}")))
+                }
             }
         }
-        if models.len() > MODELS_MAX {
+        if models.len().max(secrets.len()) > OBJECTS_MAX {
             return Err(vec![format!(
-                "{name}: holds more than {MODELS_MAX} models: split it"
+                "{name}: holds more than {OBJECTS_MAX} models or Secrets: split it"
             )]);
         }
     }
@@ -65,7 +84,7 @@ pub fn read(path: &Path) -> Result<Vec<SwallowModel>, Errors> {
         errors.push(format!("{name}: holds no SwallowModel"));
     }
     if errors.is_empty() {
-        Ok(models)
+        Ok(Contents { models, secrets })
     } else {
         Err(errors)
     }
@@ -147,6 +166,22 @@ mod tests {
             errors(&twice),
             ["a: metadata.name: is there twice: give each model a name of its own"]
         );
+    }
+
+    #[test]
+    fn secrets_are_read_beside_models() {
+        let secret =
+            "apiVersion: v1\nkind: Secret\nmetadata: {name: s, namespace: team}\nstringData: {a: b}\n";
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let file = folder.path().join("model.yaml");
+        fs::write(&file, format!("{secret}---\n{}", model("m"))).expect("the folder is ours");
+        let contents = read(&file).expect("both can be read");
+        assert_eq!(contents.models.len(), 1);
+        let entries = contents.secrets.get(&("team".into(), "s".into()));
+        assert_eq!(entries.and_then(|it| it.get("a")), Some(b"b".as_slice()));
+        assert_eq!(errors(secret), ["holds no SwallowModel"]);
+        let wrong = format!("{}---\n{}", model("m"), secret.replace("stringData", "strings"));
+        assert_eq!(errors(&wrong), ["s: strings: a Secret has no such field"]);
     }
 
     #[test]

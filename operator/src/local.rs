@@ -11,6 +11,7 @@ mod ports;
 mod prepare;
 mod process;
 mod router;
+mod secrets;
 mod tell;
 mod world;
 
@@ -39,7 +40,7 @@ const LOOK_SERVING: Duration = Duration::from_secs(1);
 /// What to serve and where.
 #[derive(Args, Clone, Debug)]
 pub struct LocalArgs {
-    /// File with one or more SwallowModels in YAML; - reads standard input
+    /// File with one or more SwallowModels in YAML, and the Secrets that they name; - reads standard input
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
     /// Port of the router for gRPC clients; 0 takes a free one
@@ -54,7 +55,7 @@ pub struct LocalArgs {
     /// Folder that keeps models fetched from a Hugging Face endpoint [default: ~/.cache/swallow/models]
     #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
-    /// File with the access token for models whose source has a tokenSecretRef
+    /// File with the access token for models whose source has a tokenSecretRef [default: the Secret, from --file]
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
     /// Folder for logs; kept at the end [default: a temporary one, removed after a good end]

@@ -37,7 +37,7 @@ enum Command {
 
 #[derive(Debug, clap::Args)]
 struct PlanArgs {
-    /// File with one or more SwallowModels in YAML; - reads standard input
+    /// File with one or more SwallowModels in YAML; - reads standard input. Secrets beside them are left out
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
     /// Image of workers whose SwallowModel names none
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
                 ..Images::default()
             };
             file::read(&args.file)
-                .and_then(|models| render::plan(&models, &images))
+                .and_then(|contents| render::plan(&contents.models, &images))
                 .and_then(|text| render::print(&text))
         }
         Command::Local(args) => local::run(args),

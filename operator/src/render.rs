@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::Value;
 use swallow_plan::{
-    Action, Images, Observed, Refused, Timestamp, Valid,
+    Action, Images, Observed, Refused, Timestamp, Valid, counted,
     launch::RouterLaunch,
     memory::Size,
     model::{Device, SwallowModel, crd_value},
@@ -165,11 +165,11 @@ fn describe(text: &mut String, valid: &Valid) {
     };
     let mut say = |line: String| writeln!(text, "# {line}").expect("writing to memory does not fail");
     say(format!(
-        "{}/{}: {} groups of {} ranks on {device}, revision {}{}",
+        "{}/{}: {} of {} on {device}, revision {}{}",
         valid.namespace,
         valid.name,
-        spec.replicas,
-        spec.parallelism.tensor,
+        counted(spec.replicas.unsigned_abs().into(), "group"),
+        counted(spec.parallelism.tensor.into(), "rank"),
         valid.revision,
         if spec.suspend { ", suspended" } else { "" }
     ));
@@ -198,10 +198,10 @@ fn describe(text: &mut String, valid: &Valid) {
         .min(memory.kv_tokens)
         .max(1);
     say(format!(
-        "  each group: {} in all, {} KV tokens: {} sequences of {length}",
+        "  each group: {} in all, {} KV tokens: {} of {length}",
         Size(memory.group_bytes()),
         memory.kv_tokens,
-        memory.kv_tokens / length
+        counted(memory.kv_tokens / length, "sequence")
     ));
 }
 

@@ -470,3 +470,123 @@ fn what_needs_a_cluster_is_refused() {
         "{stderr}"
     );
 }
+
+const SECURED: &str = "  router: {apiKeysSecretRef: {name: keys}, tlsSecretName: front, mutualTls: {workerSecretName: \
+                       workers, routerSecretName: routers}}\n";
+
+fn secret(name: &str, entries: &[&str]) -> String {
+    let data: String = entries
+        .iter()
+        .map(|entry| format!("  {entry}: {name} {entry}\n"))
+        .collect();
+    format!("---\napiVersion: v1\nkind: Secret\nmetadata: {{name: {name}}}\nstringData:\n{data}")
+}
+
+fn secrets() -> String {
+    [
+        secret("keys", &["keys.json"]),
+        secret("front", &["tls.crt", "tls.key"]),
+        secret("workers", &["tls.crt", "tls.key", "ca.crt"]),
+        secret("routers", &["tls.crt", "tls.key", "ca.crt"]),
+    ]
+    .concat()
+}
+
+/// What a flag's file holds, which nobody else may read.
+fn private(flags: &Value, flag: &str) -> String {
+    let path = Path::new(
+        flags[flag]
+            .as_str()
+            .unwrap_or_else(|| panic!("--{flag} in {flags}")),
+    );
+    let mode = |path: &Path| {
+        let metadata = fs::metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        metadata.permissions().mode() & 0o777
+    };
+    let folder = path.parent().expect("a file is in a folder");
+    assert_eq!((mode(path), mode(folder)), (0o600, 0o700), "{}", path.display());
+    fs::read_to_string(path).expect("it is ours")
+}
+
+#[test]
+fn secrets_of_the_file_are_files_for_as_long_as_it_runs() {
+    let stage = Stage::new();
+    let yaml = stage.model("one", "{}") + SECURED + &secrets();
+    let mut local = stage.start(&yaml);
+    let ready = local.line(&["ready", "models=one"]);
+    assert!(ready.contains("http=https://127.0.0.1:"), "{ready}");
+    let router = &stage.events("bin")[0]["flags"];
+    for (flag, holds) in [
+        ("api-keys", "keys keys.json"),
+        ("tls-cert", "front tls.crt"),
+        ("tls-key", "front tls.key"),
+        ("worker-ca", "routers ca.crt"),
+        ("worker-cert", "routers tls.crt"),
+        ("worker-key", "routers tls.key"),
+    ] {
+        assert_eq!(private(router, flag), holds);
+    }
+    let worker = &stage.events("one")[0];
+    for (flag, holds) in [
+        ("tls-cert", "workers tls.crt"),
+        ("tls-key", "workers tls.key"),
+        ("tls-client-ca", "workers ca.crt"),
+    ] {
+        assert_eq!(private(worker, flag), holds);
+    }
+    local.signal(Signal::SIGTERM);
+    assert!(local.wait().success(), "{}", stage.stderr());
+    let left = fs::read_dir(stage.folder.path())
+        .expect("the folder is ours")
+        .flatten();
+    let left: Vec<PathBuf> = left
+        .map(|entry| entry.path())
+        .filter(|path| path.to_string_lossy().contains("swallow-secrets-"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn secrets_that_are_not_in_the_file_are_named() {
+    let stage = Stage::new();
+    let model = stage.model("one", "{}") + SECURED;
+    let all = secrets();
+    for (secrets, words) in [
+        (
+            all.replace("{name: front}", "{name: front, namespace: other}"),
+            "one: spec.router.tlsSecretName: there is no Secret front of namespace default in the file: add it as a document \
+             of its own",
+        ),
+        (
+            all.replace("  keys.json: keys keys.json\n", "  tenants.json: x\n  more: y\n"),
+            "one: spec.router.apiKeysSecretRef: Secret keys has no keys.json; it has more, tenants.json",
+        ),
+        (
+            all.replace("  ca.crt: workers ca.crt\n", ""),
+            "one: spec.router.mutualTls.workerSecretName: Secret workers has no ca.crt; it has tls.crt, tls.key",
+        ),
+    ] {
+        let output = stage.run(&format!("{model}{secrets}"));
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{words}");
+        assert_eq!(stderr.trim(), format!("swallow-operator: {words}"));
+        assert_eq!(stage.logs(), 0, "nothing was started");
+    }
+    let token = stage.yaml(
+        "two",
+        &format!(
+            "type: HuggingFace, huggingFace: {{repo: a/b, revision: \"{REVISION}\", tokenSecretRef: {{name: hub}}}}"
+        ),
+    );
+    let output = stage.run(&token);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        stderr.contains("tokenSecretRef: there is no Secret hub of namespace default in the file")
+            && stderr.contains("or give --token-file"),
+        "{stderr}"
+    );
+    let mut local = stage.start(&(token + &secret("hub", &["token"])));
+    local.line(&["ready", "models=two"]);
+    local.signal(Signal::SIGTERM);
+    assert!(local.wait().success(), "{}", stage.stderr());
+}

@@ -247,3 +247,21 @@ fn what_fetches_gets_token_and_authority_and_tells_its_progress() {
         "the worker has no use for them"
     );
 }
+
+/// The file that `local` takes is planned as well, and nothing of its Secrets is printed.
+#[test]
+fn secrets_beside_models_are_left_out() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("model.yaml");
+    let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/models/secured.yaml");
+    let sample = fs::read_to_string(sample).expect("the sample is there");
+    let plan = |yaml: &str| {
+        fs::write(&file, yaml).expect("the folder is ours");
+        text(&operator(&["plan", "-f", &file.display().to_string()]))
+    };
+    let secret =
+        "---\napiVersion: v1\nkind: Secret\nmetadata: {name: secured-keys}\nstringData: {keys.json: hush}\n";
+    let alone = plan(&sample);
+    assert!(alone.contains("secretName: secured-keys"), "{alone}");
+    assert_eq!(plan(&(sample + secret)), alone);
+}

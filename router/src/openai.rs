@@ -18,7 +18,6 @@ mod tokens;
 mod waiting;
 
 use std::{
-    collections::BTreeMap,
     convert::Infallible,
     time::{Duration, Instant},
 };
@@ -44,6 +43,7 @@ use crate::{
     guard::guarded,
     http::{Front, Protocol, read_body},
     metrics::{Call, Stage},
+    probe,
 };
 pub(crate) use error::Problem;
 
@@ -316,17 +316,12 @@ async fn readyz(State(api): State<Api>) -> Response {
     if api.door.is_leaving() {
         return Problem::from(Fault::from(Refusal::ShuttingDown)).into_response();
     }
-    let ready: BTreeMap<String, usize> = api
-        .door
-        .models()
-        .iter()
-        .map(|entry| (entry.name.clone(), entry.ready_replicas))
-        .collect();
-    if api.door.is_ready() {
-        return Json(json!({"ready": true, "ready_replicas": ready})).into_response();
-    }
-    let body = json!({"ready": false, "reason": "looking for replicas", "ready_replicas": ready});
-    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+    let status = if api.door.is_ready() {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (status, Json(probe::readiness(&api.door))).into_response()
 }
 
 async fn metrics(State(api): State<Api>) -> Response {

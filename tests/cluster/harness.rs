@@ -7,7 +7,7 @@ mod model;
 mod space;
 
 pub use audit::{Use, now, operator_uses};
-pub use clients::{Door, Streams, Traffic};
+pub use clients::{Door, NODE, Streams, Traffic};
 pub use cluster::{Cluster, Form, OPERATOR, RELEASE, SYSTEM};
 pub use model::{Model, fixture};
 pub use space::{Space, condition, group_reasons};

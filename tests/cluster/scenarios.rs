@@ -10,6 +10,7 @@ mod release;
 mod rendered;
 mod rights;
 mod scale;
+mod secure;
 mod serve;
 
 use std::fs;
@@ -47,6 +48,7 @@ scenarios![
     Operator serve::a_fetched_model_serves_under_restricted_security,
     Operator serve::a_claimed_model_serves_under_restricted_security,
     Operator serve::two_models_stand_behind_one_router,
+    Operator secure::a_model_waits_for_its_secrets_and_follows_them,
     Operator scale::streams_survive_scaling,
     Operator scale::an_autoscaler_scales_up_under_load,
     Operator change::streams_survive_a_change,
@@ -67,6 +69,7 @@ scenarios![
     Operator observe::alerts_and_dashboard_name_what_there_is,
     Operator rights::nothing_is_written_at_rest,
     Operator rights::every_right_is_used,
+    Operator refuse::without_a_right_to_nodes_the_scheduler_is_quoted,
     Operator release::an_upgrade_and_an_uninstall_leave_models_alone,
 ];
 

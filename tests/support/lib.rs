@@ -145,7 +145,7 @@ impl Local {
                 .split_whitespace()
                 .find_map(|word| word.strip_prefix(name))
                 .unwrap_or_else(|| panic!("{name} in '{line}'"));
-            value.trim_start_matches("http://").to_owned()
+            value.rsplit("//").next().unwrap_or_default().to_owned()
         };
         (field("grpc="), field("http="))
     }
@@ -205,6 +205,111 @@ pub fn post(address: &str, path: &str, body: &Value) -> Value {
         .split_once("\r\n\r\n")
         .unwrap_or_else(|| panic!("no answer: {answer}"));
     serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}"))
+}
+
+/// Takes a line from time to time while `then` runs, so that a long stream neither ends nor stands still; gives the lines.
+pub fn read_slowly_while(reader: &mut (impl BufRead + Send), then: impl FnOnce()) -> String {
+    /// The pace of this client.
+    const EACH_LINE: Duration = Duration::from_millis(50);
+    /// Sent when `then` is over, well or not.
+    struct Over(mpsc::Sender<()>);
+    impl Drop for Over {
+        fn drop(&mut self) {
+            // The reader may have come to the end.
+            let _ = self.0.send(());
+        }
+    }
+    let (over, is_over) = mpsc::channel();
+    let over = Over(over);
+    thread::scope(|scope| {
+        let read = scope.spawn(move || {
+            let mut lines = String::new();
+            while is_over.recv_timeout(EACH_LINE) == Err(mpsc::RecvTimeoutError::Timeout)
+                && reader.read_line(&mut lines).is_ok_and(|read| read > 0)
+            {}
+            lines
+        });
+        then();
+        drop(over);
+        read.join().expect("reading does not panic")
+    })
+}
+
+/// What `deploy/make-secrets` makes for a trial, and what a client needs of it.
+pub struct MadeSecrets {
+    /// The Secrets, in YAML.
+    pub yaml: String,
+    /// The API key.
+    pub key: String,
+    /// The file of the authority that clients trust.
+    pub authority: PathBuf,
+    _folder: tempfile::TempDir,
+}
+
+impl MadeSecrets {
+    /// For a model that clients reach by these names and addresses too.
+    ///
+    /// # Panics
+    /// If the script fails.
+    pub fn new(model: &str, hosts: &[&str]) -> Self {
+        let made = Command::new(root().join("deploy/make-secrets"))
+            .arg(model)
+            .args(hosts)
+            .output()
+            .expect("bash is installed");
+        let said = String::from_utf8_lossy(&made.stderr).into_owned();
+        assert!(made.status.success(), "{said}");
+        let key = said.lines().find_map(|line| line.strip_prefix("the API key: "));
+        let authority = said.find("-----BEGIN CERTIFICATE-----").map(|at| &said[at..]);
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let file = folder.path().join("ca.crt");
+        fs::write(&file, authority.expect("it tells the authority")).expect("the folder is ours");
+        Self {
+            yaml: String::from_utf8(made.stdout).expect("YAML is text"),
+            key: key.expect("it tells the key").to_owned(),
+            authority: file,
+            _folder: folder,
+        }
+    }
+}
+
+/// curl's question to a server whose certificate is of this authority, with an API key.
+pub fn https(url: &str, authority: &Path, key: Option<&str>, body: &Value) -> Command {
+    let mut curl = Command::new("curl");
+    curl.args([
+        "--silent",
+        "--show-error",
+        "--no-buffer",
+        "--max-time",
+        "60",
+        "--cacert",
+    ])
+    .arg(authority)
+    .args(key.iter().flat_map(|&key| ["--oauth2-bearer", key]))
+    .args(["--json", &body.to_string(), url]);
+    curl
+}
+
+/// Asks it; the status and the body.
+///
+/// # Errors
+/// curl's words, where there is no answer.
+pub fn ask_https(
+    url: &str,
+    authority: &Path,
+    key: Option<&str>,
+    body: &Value,
+) -> Result<(u16, Value), String> {
+    let mut curl = https(url, authority, key, body);
+    let done = curl.args(["--write-out", "\\n%{http_code}"]).output();
+    let done = done.map_err(|error| format!("curl: {error}"))?;
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    let text = String::from_utf8_lossy(&done.stdout);
+    let answer = text.rsplit_once('\n').and_then(|(body, status)| {
+        let body = serde_json::from_str(body).ok()?;
+        Some((status.parse().ok()?, body))
+    });
+    answer.ok_or_else(|| format!("{text} {said}"))
 }
 
 /// Whether NVIDIA's driver is here.

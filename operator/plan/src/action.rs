@@ -152,7 +152,7 @@ impl fmt::Display for Why {
         match self {
             Why::Absent => f.write_str("it does not exist"),
             Why::Changed => f.write_str("it differs from the spec"),
-            Why::Missing { have, want } => write!(f, "{have} of {} exist", groups(*want)),
+            Why::Missing { have, want } => write!(f, "{have} of {} present", groups(*want)),
             Why::Update { to } => write!(f, "update to {to}"),
             Why::Restart {
                 replaces,
@@ -181,10 +181,15 @@ impl fmt::Display for Why {
 
 /// A number of groups, in words.
 pub(crate) fn groups(n: usize) -> String {
+    counted(n as u64, "group")
+}
+
+/// A number of things, in words; `noun` is one of them, and takes an s. No verb follows, so that none has to agree.
+pub fn counted(n: u64, noun: &str) -> String {
     if n == 1 {
-        "1 group".into()
+        format!("1 {noun}")
     } else {
-        format!("{n} groups")
+        format!("{n} {noun}s")
     }
 }
 

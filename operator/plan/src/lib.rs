@@ -19,7 +19,7 @@ mod status;
 pub mod topology;
 mod validate;
 
-pub use action::{Action, GroupRef, Why};
+pub use action::{Action, GroupRef, Why, counted};
 pub use k8s_openapi::jiff::Timestamp;
 pub use notes::{Note, NoteKind};
 pub use observed::{

@@ -166,6 +166,8 @@ pub struct SeenRouter {
     pub ready: u32,
     /// It was told to stop.
     pub leaving: bool,
+    /// Why one of its pods takes no requests, where somebody says so.
+    pub trouble: Option<String>,
 }
 
 impl SeenGroup {

@@ -3,8 +3,8 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::{
-    Observed, Phase, Progress, Refused, SeenGroup, Timestamp, Valid,
-    action::groups as count,
+    Observed, Phase, Progress, Refused, SeenGroup, SeenRouter, Timestamp, Valid,
+    action::{counted, groups as count},
     after,
     census::Census,
     memory::{MemoryPlan, Size},
@@ -148,6 +148,13 @@ fn progress_status(progress: &Progress) -> ProgressStatus {
     }
 }
 
+fn with_trouble(message: String, router: &SeenRouter) -> String {
+    match &router.trouble {
+        Some(trouble) => shortened(&format!("{message}; router: {trouble}")),
+        None => message,
+    }
+}
+
 fn shortened(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     if line.chars().count() <= MESSAGE_MAX {
@@ -251,9 +258,9 @@ impl Told<'_> {
                     Device::CPU => "each rank",
                 };
                 let message = format!(
-                    "{} KV tokens a group, {} sequences of {length}; {place}: {} weights, {} workspace, {} KV cache",
+                    "{} KV tokens a group, {} of {length}; {place}: {} weights, {} workspace, {} KV cache",
                     plan.kv_tokens,
-                    plan.kv_tokens / length,
+                    counted(plan.kv_tokens / length, "sequence"),
                     Size(plan.weights_bytes),
                     Size(plan.overhead_bytes),
                     Size(plan.kv_cache_bytes),
@@ -273,15 +280,16 @@ impl Told<'_> {
                 "SettingsDisagree",
                 self.decided.router_disagreement.clone().unwrap_or_default(),
             ),
-            Some(router) if router.ready == 0 => {
-                fact("RouterReady", false, "Starting", format!("0 of {want} ready"))
+            Some(router) => {
+                let message = with_trouble(format!("{} of {want} ready", router.ready), router);
+                let reason = match (router.ready, &router.trouble) {
+                    (0, None) => "Starting",
+                    (0, Some(_)) => "CannotStart",
+                    // A newer one may have trouble; what there was serves on.
+                    _ => "Available",
+                };
+                fact("RouterReady", router.ready > 0, reason, message)
             }
-            Some(router) => fact(
-                "RouterReady",
-                true,
-                "Available",
-                format!("{} of {want} ready", router.ready),
-            ),
         }
     }
 
@@ -289,18 +297,23 @@ impl Told<'_> {
     fn ready(&self) -> Fact {
         let want = self.census.want;
         let serving = self.census.serving();
-        let message = format!("{serving} of {} serve", count(want));
+        let message = format!("{serving} of {} serving", count(want));
         let unavailable = usize::try_from(self.model.spec.rollout.max_unavailable).unwrap_or_default();
         let enough = want.saturating_sub(unavailable).max(1);
         if let Some(off) = self.off() {
-            return fact("Ready", false, off, format!("{} serve", count(serving)));
+            return fact("Ready", false, off, format!("{} serving", count(serving)));
         }
         if serving < enough {
             let (reason, message) = self.shortfall(message);
             return fact("Ready", false, reason, message);
         }
-        if self.seen.router.as_ref().is_none_or(|router| router.ready == 0) {
-            return fact("Ready", false, "RouterNotReady", message);
+        match &self.seen.router {
+            Some(router) if router.ready > 0 => {}
+            Some(router) => {
+                let message = with_trouble(message, router);
+                return fact("Ready", false, "RouterNotReady", message);
+            }
+            None => return fact("Ready", false, "RouterNotReady", message),
         }
         fact(
             "Ready",
@@ -318,13 +331,13 @@ impl Told<'_> {
     fn fully_available(&self) -> Fact {
         let want = self.census.want;
         let updated = self.census.updated();
-        let message = format!("{updated} of {} serve this spec", count(want));
+        let message = format!("{updated} of {} serving this spec", count(want));
         if let Some(off) = self.off() {
             return fact(
                 "FullyAvailable",
                 false,
                 off,
-                format!("{} serve this spec", count(updated)),
+                format!("{} serving this spec", count(updated)),
             );
         }
         if self.verdict.is_ok() && updated >= want && self.census.old.is_empty() {
@@ -361,10 +374,7 @@ impl Told<'_> {
             return fact(kind, false, "NoRoomForSurge", message);
         }
         if !old.is_empty() || !old_failed.is_empty() {
-            let message = format!(
-                "{} groups of older revisions are left",
-                old.len() + old_failed.len()
-            );
+            let message = format!("{} of older revisions left", count(old.len() + old_failed.len()));
             return fact(kind, false, "RollingOut", message);
         }
         if !self.decided.actions.is_empty() || moving || !lost.is_empty() {
@@ -462,5 +472,77 @@ impl Told<'_> {
             None if self.census.old.is_empty() => ("Starting".into(), message),
             None => ("RollingOut".into(), message),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{model::read, plan};
+
+    /// Status, reason and message of a condition of a model with one group, which is not there yet.
+    fn told(kind: &str, router: SeenRouter) -> (ConditionStatus, String, String) {
+        let model = read(&json!({
+            "apiVersion": "serving.swallow.dev/v1alpha1", "kind": "SwallowModel", "metadata": { "name": "m" },
+            "spec": {
+                "model": { "source": { "type": "HostPath", "hostPath": { "path": "/m" } } },
+                "accelerator": { "device": "CPU" },
+            },
+        }))
+        .expect("it can be read");
+        let seen = Observed {
+            router: Some(router),
+            ..Observed::default()
+        };
+        let status = plan(&model, &seen, Timestamp::UNIX_EPOCH).status;
+        let found = status.conditions.into_iter().find(|it| it.kind == kind);
+        let found = found.expect("each condition is told");
+        (found.status, found.reason, found.message)
+    }
+
+    fn router(ready: u32, trouble: Option<&str>) -> SeenRouter {
+        SeenRouter {
+            fingerprint: String::new(),
+            ready,
+            leaving: false,
+            trouble: trouble.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn what_keeps_a_router_is_said_whether_or_not_another_serves() {
+        let absent = Some("secret \"front\" not found");
+        let ready = |router| told("RouterReady", router);
+        let words = |text: &str| text.to_owned();
+        assert_eq!(
+            ready(router(0, None)),
+            (ConditionStatus::False, words("Starting"), words("0 of 1 ready"))
+        );
+        assert_eq!(
+            ready(router(0, absent)),
+            (
+                ConditionStatus::False,
+                words("CannotStart"),
+                words("0 of 1 ready; router: secret \"front\" not found")
+            )
+        );
+        assert_eq!(
+            ready(router(1, absent)),
+            (
+                ConditionStatus::True,
+                words("Available"),
+                words("1 of 1 ready; router: secret \"front\" not found")
+            )
+        );
+    }
+
+    #[test]
+    fn numbers_and_nouns_agree() {
+        let (_, _, message) = told("Ready", router(1, None));
+        assert_eq!(message, "0 of 1 group serving");
+        assert_eq!(counted(1, "sequence"), "1 sequence");
+        assert_eq!((count(0), count(2)), ("0 groups".into(), "2 groups".into()));
     }
 }

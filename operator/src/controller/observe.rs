@@ -308,20 +308,29 @@ impl World {
         let Phase::Pending { reason, message, .. } = &mut group.phase else {
             return;
         };
-        if *reason != GroupReason::Starting || pods::has_its_volumes(pod) {
+        if *reason != GroupReason::Starting {
             return;
         }
+        if let Some(note) = self.not_mounted(pod) {
+            (*reason, *message) = (GroupReason::Refused, note);
+        }
+    }
+
+    /// What the kubelet said last of a pod that has no volumes yet.
+    fn not_mounted(&self, pod: &Pod) -> Option<String> {
+        if pods::has_its_volumes(pod) {
+            return None;
+        }
+        let uid = pod.uid()?;
         let failures = self.mount_failures.within(&pod.namespace().unwrap_or_default());
         let last = failures
             .iter()
             .filter(|event| {
                 let regarding = event.regarding.as_ref();
-                regarding.and_then(|pod| pod.uid.as_ref()) == Some(&group.uid)
+                regarding.and_then(|pod| pod.uid.as_ref()) == Some(&uid)
             })
             .max_by_key(|event| event.deprecated_last_timestamp.as_ref().map(|time| time.0));
-        if let Some(note) = last.and_then(|event| event.note.clone()) {
-            (*reason, *message) = (GroupReason::Refused, note);
-        }
+        last.and_then(|event| event.note.clone())
     }
 
     fn peers(&self, model: &SwallowModel, key: &Key, router: &str) -> Vec<Peer> {
@@ -360,7 +369,26 @@ impl World {
             fingerprint: fingerprint.filter(|_| whole).unwrap_or_default(),
             ready: u32::try_from(ready).unwrap_or_default(),
             leaving: deployment.metadata.deletion_timestamp.is_some(),
+            trouble: self.router_trouble(namespace, name),
         })
+    }
+
+    /// Why one of a router's pods takes no requests: a Secret that is not there, say, or one that it cannot use.
+    fn router_trouble(&self, namespace: &str, name: &str) -> Option<String> {
+        let pods = self.pods.within(namespace);
+        let mut waiting: Vec<_> = pods
+            .iter()
+            .filter(|pod| {
+                pod.labels()
+                    .get(labels::ROUTER)
+                    .is_some_and(|router| router == name)
+            })
+            .filter(|pod| pod.metadata.deletion_timestamp.is_none() && !pods::is_ready(pod))
+            .collect();
+        waiting.sort_by_key(|pod| pod.name_any());
+        waiting
+            .into_iter()
+            .find_map(|pod| pods::trouble(pod).or_else(|| self.not_mounted(pod)))
     }
 
     fn surroundings(&self, model: &SwallowModel, key: &Key) -> Option<String> {

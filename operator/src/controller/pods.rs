@@ -85,6 +85,28 @@ pub fn is_ready(pod: &Pod) -> bool {
     condition(pod, "Ready").is_some_and(|(status, ..)| status == "True")
 }
 
+/// Why a router's pod takes no requests, where it says so itself.
+pub fn trouble(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    // It is started again and again; what it said last is why.
+    let ended = status.container_statuses.iter().flatten().find_map(|container| {
+        let last = container.last_state.as_ref()?.terminated.as_ref()?;
+        (last.exit_code != 0).then_some(last)
+    });
+    if let Some(ended) = ended {
+        let said = ended.message.as_deref().unwrap_or_default();
+        let last = said.lines().map(str::trim).rfind(|line| !line.is_empty());
+        return Some(last.map_or_else(
+            || format!("it ended with exit code {}", ended.exit_code),
+            str::to_owned,
+        ));
+    }
+    match waiting(pod, status, None) {
+        Phase::Pending { message, .. } if !message.is_empty() => Some(message),
+        _ => None,
+    }
+}
+
 /// A node that answers says that a pod which it stops is ready until it is stopped.
 fn evicted_from_a_silent_node(pod: &Pod) -> bool {
     let evicted = pod
@@ -289,6 +311,37 @@ mod tests {
         });
         let pod: Pod = serde_json::from_value(pod).expect("it is a pod");
         group(&pod, None).expect("it is a group")
+    }
+
+    #[test]
+    fn a_router_that_does_not_start_says_why() {
+        let trouble = |status: Value| {
+            let pod = json!({ "metadata": { "name": "m-router-x" }, "status": status });
+            trouble(&serde_json::from_value(pod).expect("it is a pod"))
+        };
+        let status = |state: Value, last: Value| {
+            json!({ "phase": "Running", "containerStatuses": [{ "name": "router", "image": "i", "imageID": "", "ready": false,
+                "restartCount": 1, "state": state, "lastState": last }] })
+        };
+        let again = json!({ "waiting": { "reason": "CrashLoopBackOff", "message": "back-off 10s" } });
+        let ended = |message: &str| json!({ "terminated": { "exitCode": 1, "message": message } });
+        let words = "swallow-router: --api-keys: keys.json: no key";
+        assert_eq!(
+            trouble(status(
+                again.clone(),
+                ended(&format!("{{\"level\":\"INFO\"}}\n{words}\n"))
+            ))
+            .as_deref(),
+            Some(words)
+        );
+        assert_eq!(
+            trouble(status(again, ended(""))).as_deref(),
+            Some("it ended with exit code 1")
+        );
+        let pulls = json!({ "waiting": { "reason": "ErrImagePull", "message": "gone" } });
+        assert_eq!(trouble(status(pulls, json!({}))).as_deref(), Some("gone"));
+        assert_eq!(trouble(status(json!({ "running": {} }), json!({}))), None);
+        assert_eq!(trouble(json!({ "phase": "Pending" })), None);
     }
 
     fn reason(status: Value) -> (GroupReason, String) {

@@ -19,6 +19,7 @@ use super::{
     gpus,
     prepare::Slot,
     process::{Launch, Process, in_words, last_line},
+    secrets::GroupSecrets,
 };
 use crate::worker::{Told, why_ended};
 
@@ -32,10 +33,19 @@ pub struct Places {
     pub worker: PathBuf,
     /// Where fetched models are kept.
     pub cache: PathBuf,
-    /// Access token of endpoints.
-    pub token_file: Option<PathBuf>,
     /// Where logs go.
     pub logs: PathBuf,
+}
+
+/// Where a group is put.
+#[derive(Debug)]
+pub struct Place<'a> {
+    /// Which of the model's slots.
+    pub at: usize,
+    /// That slot.
+    pub slot: &'a mut Slot,
+    /// What it reads of Secrets.
+    pub secrets: &'a GroupSecrets,
 }
 
 /// A group of this machine.
@@ -50,6 +60,8 @@ pub struct Group {
     args: WorkerArgs,
     /// The GPUs that its process sees; `None` on the CPU.
     gpus: Option<String>,
+    /// The access token for its files.
+    token: Option<PathBuf>,
     stage: Stage,
     phase: Phase,
     progress_at: Timestamp,
@@ -78,11 +90,12 @@ impl Group {
     pub fn start(
         launch: GroupLaunch,
         uid: String,
-        at: usize,
-        slot: &mut Slot,
+        place: Place<'_>,
         places: &Places,
         now: Timestamp,
     ) -> Self {
+        let Place { at, slot, secrets } = place;
+        let of_tls = |name: &str| secrets.tls.as_ref().map(|folder| folder.join(name));
         let file = |ending: &str| places.logs.join(format!("{}.{ending}", launch.name));
         let (log, termination, fetched) = (file("log"), file("termination"), file("fetch"));
         // A group of the same name may have been here before.
@@ -91,6 +104,9 @@ impl Group {
             model: model_folder(&launch.template.source, places),
             grpc_listen: slot.grpc.address(),
             http_listen: slot.http.address(),
+            tls_cert: of_tls("tls.crt"),
+            tls_key: of_tls("tls.key"),
+            tls_client_ca: of_tls("ca.crt"),
             termination_log: Some(termination.clone()),
             log_format: LogFormat::Text,
             ..launch.args()
@@ -101,6 +117,7 @@ impl Group {
             slot: at,
             args,
             gpus: slot.gpus.clone(),
+            token: secrets.token.clone(),
             stage: Stage::Ended,
             phase: Phase::Pending {
                 reason: GroupReason::Starting,
@@ -241,11 +258,10 @@ impl Group {
     }
 
     fn fetch(&self, places: &Places) -> io::Result<Process> {
-        let ModelSource::Fetch { fetch, token, .. } = &self.launch.template.source else {
+        let ModelSource::Fetch { fetch, .. } = &self.launch.template.source else {
             return Err(io::Error::other("the source is no repository"));
         };
-        let token_file = token.as_ref().and(places.token_file.clone());
-        let argv = fetch.args(&self.args.model, token_file).argv();
+        let argv = fetch.args(&self.args.model, self.token.clone()).argv();
         let output = Some(self.fetched.as_path());
         Process::start(&Launch {
             program: &places.worker,

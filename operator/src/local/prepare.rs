@@ -20,9 +20,10 @@ use super::{
     gpus::{self, Demand, Pool},
     ports::{self, Chooser, Held},
     process::find,
+    secrets::{GroupSecrets, Mounted},
 };
 use crate::{
-    file::{self, Errors, model_name, shape},
+    file::{self, Contents, Errors, model_name, shape},
     render,
 };
 
@@ -37,14 +38,16 @@ pub struct Prepared {
     pub grpc: Held,
     /// Where the router listens for OpenAI clients.
     pub http: Held,
+    /// Where the router is asked how it is, by this process, without TLS or a key.
+    pub probes: Held,
     /// The worker's program.
     pub worker_program: PathBuf,
     /// The router's program.
     pub router_program: PathBuf,
     /// Where fetched models are kept.
     pub cache_dir: PathBuf,
-    /// Access token of endpoints.
-    pub token_file: Option<PathBuf>,
+    /// The files of Secrets.
+    pub secrets: Mounted,
     /// Where logs go.
     pub logs: Logs,
     /// What has no meaning here, said once.
@@ -62,6 +65,8 @@ pub struct PreparedModel {
     pub shape: Option<Shape>,
     /// Ports and GPUs for each group.
     pub slots: Vec<Slot>,
+    /// What its groups read of Secrets.
+    pub secrets: GroupSecrets,
 }
 
 /// Where a group listens and computes. It keeps its ports through restarts, so that the router's list stays right, and
@@ -112,11 +117,11 @@ impl Prepared {
     /// # Errors
     /// A line for each thing that is wrong.
     pub fn new(args: LocalArgs) -> Result<Self, Errors> {
-        let models = file::read(&args.file)?;
+        let Contents { models, secrets } = file::read(&args.file)?;
         let mut errors = Vec::new();
         let mut checked = Vec::new();
         for model in models {
-            match check(&model, args.token_file.is_some()) {
+            match check(&model) {
                 Ok((valid, shape)) => checked.push((model, valid, shape)),
                 Err(lines) => errors.extend(lines),
             }
@@ -126,7 +131,13 @@ impl Prepared {
         }
         let valids: Vec<&Valid> = checked.iter().map(|(_, valid, _)| valid).collect();
         check_names(&valids)?;
-        let router = shared_router(&valids)?;
+        let token_file = args.token_file.as_deref();
+        let secrets = Mounted::new(&valids, &secrets, token_file.is_some())?;
+        let router = shared_router(&valids, &secrets)?;
+        let of_groups: Vec<GroupSecrets> = valids
+            .iter()
+            .map(|valid| secrets.of_groups(valid, token_file))
+            .collect();
         let notes = valids.iter().flat_map(|valid| without_meaning(valid)).collect();
         let demands: Vec<Demand<'_>> = valids.iter().map(|valid| demand(valid)).collect();
         let gpus = gpus::assign(&Pool::of_this_machine(), &demands).map_err(|line| vec![line])?;
@@ -137,30 +148,35 @@ impl Prepared {
         let mut chooser = Chooser::new(process::id());
         let grpc = ports::hold("grpc-port", args.grpc_port, &mut chooser).map_err(|error| vec![error])?;
         let http = ports::hold("http-port", args.http_port, &mut chooser).map_err(|error| vec![error])?;
+        let probes = chooser
+            .next()
+            .map_err(|error| vec![format!("no free port for the router's probes: {error}")])?;
         let models = checked
             .into_iter()
             .zip(gpus)
-            .map(|((model, valid, shape), gpus)| {
+            .zip(of_groups)
+            .map(|(((model, valid, shape), gpus), secrets)| {
                 let slots = slots(&model, gpus, &mut chooser)?;
                 Ok(PreparedModel {
                     model,
                     served_names: valid.served_names,
                     shape,
                     slots,
+                    secrets,
                 })
             })
             .collect::<Result<_, Errors>>()?;
         let logs = Logs::new(args.log_dir)?;
-        let token_file = args.token_file;
         Ok(Self {
             models,
             router,
             grpc,
             http,
+            probes,
             worker_program,
             router_program,
             cache_dir,
-            token_file,
+            secrets,
             logs,
             notes,
         })
@@ -168,23 +184,11 @@ impl Prepared {
 }
 
 /// Checks one model: what this machine cannot do, then what no machine could.
-fn check(model: &SwallowModel, has_token: bool) -> Result<(Valid, Option<Shape>), Errors> {
+fn check(model: &SwallowModel) -> Result<(Valid, Option<Shape>), Errors> {
     let name = model_name(model);
     let refuse = |line: String| Err(vec![format!("{name}: {line}")]);
-    let router = &model.spec.router;
-    for (field, set) in [
-        ("apiKeysSecretRef", router.api_keys_secret_ref.is_some()),
-        ("tlsSecretName", router.tls_secret_name.is_some()),
-        ("mutualTls", router.mutual_tls.is_some()),
-    ] {
-        if set {
-            return refuse(format!(
-                "spec.router.{field}: Secrets need a cluster: leave it out here, where everything is bound to loopback"
-            ));
-        }
-    }
     let source = model.spec.model.source.as_ref();
-    if let Some(line) = source.and_then(|source| needs_cluster(source, has_token)) {
+    if let Some(line) = source.and_then(needs_cluster) {
         return refuse(line);
     }
     let shape = source
@@ -197,7 +201,7 @@ fn check(model: &SwallowModel, has_token: bool) -> Result<(Valid, Option<Shape>)
 }
 
 /// What this machine lacks for a source.
-fn needs_cluster(source: &Source, has_token: bool) -> Option<String> {
+fn needs_cluster(source: &Source) -> Option<String> {
     if source.persistent_volume_claim.is_some() {
         return Some(
             "spec.model.source.type: PersistentVolumeClaim needs a cluster: use HostPath or HuggingFace here"
@@ -214,12 +218,6 @@ fn needs_cluster(source: &Source, has_token: bool) -> Option<String> {
         }
     }
     let fetched = source.hugging_face.as_ref()?;
-    if fetched.token_secret_ref.is_some() && !has_token {
-        return Some(
-            "spec.model.source.huggingFace.tokenSecretRef: Secrets need a cluster: give --token-file here"
-                .into(),
-        );
-    }
     fetched.ca_config_map_ref.is_some().then(|| {
         "spec.model.source.huggingFace.caConfigMapRef: ConfigMaps need a cluster: leave it out, and fetch the files \
          with `swallow-worker fetch --ca-file` into a folder for a HostPath source"
@@ -251,36 +249,29 @@ fn check_names(valids: &[&Valid]) -> Result<(), Errors> {
     Ok(())
 }
 
-/// The one router of all models; its limits must be agreed on, its patience is that of the most patient.
-fn shared_router(valids: &[&Valid]) -> Result<RouterLaunch, Errors> {
+/// The one router of all models; its settings must be agreed on, its patience is that of the most patient.
+fn shared_router(valids: &[&Valid], secrets: &Mounted) -> Result<RouterLaunch, Errors> {
     let images = Images::default();
+    let wanted = |valid: &Valid| {
+        let mut router = launch::router(valid, &images);
+        secrets.of_router(valid, &mut router);
+        router
+    };
     let (first, others) = valids.split_first().expect("a file with models holds one");
-    let mut shared = launch::router(first, &images);
+    let mut shared = wanted(first);
     for valid in others {
-        let other = launch::router(valid, &images);
-        let limits = |launch: &RouterLaunch| {
-            let args = &launch.args;
-            (
-                args.max_queued_requests,
-                args.max_queued_tokens,
-                args.max_queued_bytes,
-                args.max_queue_seconds,
-                args.max_connection_seconds,
-                args.connection_grace_seconds,
-            )
-        };
-        if limits(&shared) != limits(&other) {
+        let mut other = wanted(valid).args;
+        let patience = other.drain_timeout_seconds;
+        other.drain_timeout_seconds = shared.args.drain_timeout_seconds;
+        if other != shared.args {
             let line = format!(
-                "{}: spec.router.limits or connection times: do not agree with those of {}: one router stands before both, write the \
-                 same",
+                "{}: spec.router: limits, connection times or Secrets do not agree with those of {}: one router stands before \
+                 both, write the same",
                 valid.name, first.name
             );
             return Err(vec![line]);
         }
-        shared.args.drain_timeout_seconds = shared
-            .args
-            .drain_timeout_seconds
-            .max(other.args.drain_timeout_seconds);
+        shared.args.drain_timeout_seconds = shared.args.drain_timeout_seconds.max(patience);
     }
     Ok(shared)
 }

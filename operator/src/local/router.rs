@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::SocketAddr,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -64,11 +63,6 @@ impl Router {
             misses: 0,
             stillborn: None,
         }
-    }
-
-    /// Where it answers questions.
-    pub fn http(&self) -> SocketAddr {
-        self.args.http_listen
     }
 
     /// Its arguments.

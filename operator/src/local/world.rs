@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -15,9 +16,10 @@ use swallow_plan::{
 use swallow_proto::launch::{LogFormat, ReplicaAddress, RouterArgs};
 
 use super::{
-    group::{Group, Places},
+    group::{Group, Place, Places},
     prepare::{Logs, Prepared, PreparedModel},
     router::Router,
+    secrets::Mounted,
 };
 use crate::{
     file::{Errors, model_name},
@@ -33,6 +35,10 @@ pub struct World {
     logs: Logs,
     n_started: u64,
     was_ready: bool,
+    /// Where the router is asked.
+    probes: SocketAddr,
+    /// Their files go with this.
+    _secrets: Mounted,
     /// Ports that are held until the router is started.
     router_ports: Vec<super::ports::Held>,
 }
@@ -56,17 +62,18 @@ impl World {
             router,
             grpc,
             http,
+            probes,
             worker_program,
             router_program,
             cache_dir,
-            token_file,
+            secrets,
             logs,
             ..
         } = prepared;
         let args = RouterArgs {
             grpc_listen: grpc.address(),
             http_listen: http.address(),
-            probe_listen: None,
+            probe_listen: Some(probes.address()),
             replicas: models.iter().flat_map(addresses).collect(),
             // Nothing here has to hear first that the router goes.
             shutdown_delay_seconds: 0,
@@ -78,7 +85,6 @@ impl World {
         let places = Places {
             worker: worker_program,
             cache: cache_dir,
-            token_file,
             logs: logs.path().to_owned(),
         };
         let models = models
@@ -98,7 +104,9 @@ impl World {
             logs,
             n_started: 0,
             was_ready: false,
-            router_ports: vec![grpc, http],
+            probes: probes.address(),
+            router_ports: vec![grpc, http, probes],
+            _secrets: secrets,
         }
     }
 
@@ -143,6 +151,8 @@ impl World {
                 fingerprint: fingerprint.clone(),
                 ready: u32::from(self.router.is_ready()),
                 leaving: served.done_with_router,
+                // Why a process does not start is told at once, and ends all.
+                trouble: None,
             });
         Observed {
             groups: served.groups.iter().map(Group::seen).collect(),
@@ -193,7 +203,13 @@ impl World {
         // Without a free slot the plan asks again when a group has gone.
         let Some(at) = slot else { return };
         let uid = self.n_started.to_string();
-        let group = Group::start(launch, uid, at, &mut served.prepared.slots[at], &self.places, now);
+        let PreparedModel { slots, secrets, .. } = &mut served.prepared;
+        let place = Place {
+            at,
+            slot: &mut slots[at],
+            secrets,
+        };
+        let group = Group::start(launch, uid, place, &self.places, now);
         served.groups.push(group);
     }
 
@@ -213,7 +229,7 @@ impl World {
             }
         }
         if self.router.runs() {
-            probes.ask(Whom::Router, self.router.http(), "/readyz");
+            probes.ask(Whom::Router, self.probes, "/readyz");
         }
     }
 
@@ -275,8 +291,9 @@ impl World {
             .filter_map(|served| served.prepared.served_names.first().map(String::as_str))
             .collect();
         let args = self.router.args();
+        let scheme = if args.tls_cert.is_some() { "https" } else { "http" };
         format!(
-            "ready grpc={} http=http://{} models={}",
+            "ready grpc={} http={scheme}://{} models={}",
             args.grpc_listen,
             args.http_listen,
             names.join(",")

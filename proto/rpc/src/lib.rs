@@ -1,7 +1,10 @@
-//! The gRPC rendering of the contract: generated types, clients and servers, and nothing else.
+//! The gRPC rendering of the contract: generated types, clients and servers; and, in `mutual`, how the two ends of the inner
+//! service know each other.
 //!
 //! `inference::v1` is the public service, `worker::v1` the inner one between a router and a replica.
 //! The only crate with generated code; wire types stop at the doors of the shells that import it.
+
+pub mod mutual;
 
 /// The file descriptor set of every service, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -123,7 +123,8 @@ pub struct RouterArgs {
     /// Where OpenAI clients connect; /metrics, /health and /readyz are here too
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8000")]
     pub http_listen: SocketAddr,
-    /// Where /health and /readyz are answered by threads that serve nothing else, however busy the router is
+    /// Where /health, /readyz and /metrics are answered by threads that serve nothing else, however busy the router is, and
+    /// without TLS
     #[arg(long, value_name = "ADDR")]
     pub probe_listen: Option<SocketAddr>,
     /// A replica: NAME[,ALIAS...]=HOST:PORT; repeat for each
@@ -179,7 +180,8 @@ pub struct RouterArgs {
     /// TLS
     #[arg(long, value_name = "FILE", requires_all = ["worker_cert", "worker_key"])]
     pub worker_ca: Option<PathBuf>,
-    /// Certificate chain that workers are shown, in PEM; all three files are read again when they change
+    /// Certificate chain that workers are shown, in PEM, for the extended key usage clientAuth; all three files are read
+    /// again when they change
     #[arg(long, value_name = "FILE", requires = "worker_ca")]
     pub worker_cert: Option<PathBuf>,
     /// Its private key, in PEM

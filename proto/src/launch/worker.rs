@@ -143,13 +143,15 @@ pub struct WorkerArgs {
     /// How long running requests may finish after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_timeout_seconds: u32,
-    /// Certificate chain that routers are shown, in PEM, read again when it changes; without it, sessions speak no TLS
+    /// Certificate chain that routers are shown, in PEM, for the extended key usage serverAuth, read again when it changes;
+    /// without it, sessions speak no TLS
     #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_client_ca"])]
     pub tls_cert: Option<PathBuf>,
     /// Its private key, in PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
-    /// Certificate authorities, in PEM, one of which must have issued a router's certificate
+    /// Certificate authorities, in PEM, one of which must have issued a router's certificate, for the extended key usage
+    /// clientAuth
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_client_ca: Option<PathBuf>,
     /// File that gets the reason of a failed start or a crash

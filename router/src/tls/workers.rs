@@ -13,11 +13,8 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
-use rustls::{
-    CertificateError, ClientConfig, RootCertStore,
-    crypto::ring,
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
-};
+use rustls::{CertificateError, ClientConfig, pki_types::ServerName};
+use swallow_rpc::mutual::{Part, Pem, PemError};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -57,6 +54,39 @@ pub struct WorkerTlsFiles {
     pub key: PathBuf,
 }
 
+impl WorkerTlsFiles {
+    fn read(&self) -> Result<Current, WorkerTlsError> {
+        let pem = Pem::read(|part| {
+            fs::read(self.flag(part).1).map_err(|error| self.unusable(part, error.to_string()))
+        })?;
+        let config = pem.of_router().map_err(|error| match error {
+            PemError::Part(part, why) => self.unusable(part, why),
+            PemError::Set(why) => WorkerTlsError::Set(why),
+        })?;
+        Ok(Current {
+            pem,
+            config: Arc::new(config),
+        })
+    }
+
+    fn flag(&self, part: Part) -> (&'static str, &Path) {
+        match part {
+            Part::Authorities => ("worker-ca", &self.ca),
+            Part::Chain => ("worker-cert", &self.cert),
+            Part::Key => ("worker-key", &self.key),
+        }
+    }
+
+    fn unusable(&self, part: Part, why: String) -> WorkerTlsError {
+        let (flag, path) = self.flag(part);
+        WorkerTlsError::File {
+            flag,
+            path: path.to_owned(),
+            why,
+        }
+    }
+}
+
 /// What sessions are begun with, as the files have it now. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct WorkerTls(Arc<Inner>);
@@ -70,7 +100,7 @@ struct Inner {
 
 #[derive(Debug)]
 struct Current {
-    bytes: [Vec<u8>; 3],
+    pem: Pem,
     config: Arc<ClientConfig>,
 }
 
@@ -91,9 +121,7 @@ impl WorkerTls {
             Ok(name @ ServerName::DnsName(_)) => name,
             _ => return Err(WorkerTlsError::Name(name.to_owned())),
         };
-        let bytes = read(&files)?;
-        let config = config(&files, &bytes)?;
-        let now = RwLock::new(Current { bytes, config });
+        let now = RwLock::new(files.read()?);
         Ok(Self(Arc::new(Inner { files, name, now })))
     }
 
@@ -108,12 +136,12 @@ impl WorkerTls {
 
     /// Reads the files. True: they have changed.
     fn look(&self) -> Result<bool, WorkerTlsError> {
-        let bytes = read(&self.0.files)?;
-        if self.0.now.read().unwrap_or_else(PoisonError::into_inner).bytes == bytes {
+        let read = self.0.files.read()?;
+        let mut now = self.0.now.write().unwrap_or_else(PoisonError::into_inner);
+        if now.pem == read.pem {
             return Ok(false);
         }
-        let config = config(&self.0.files, &bytes)?;
-        *self.0.now.write().unwrap_or_else(PoisonError::into_inner) = Current { bytes, config };
+        *now = read;
         Ok(true)
     }
 
@@ -151,6 +179,11 @@ impl WorkerTls {
                  --worker-tls-name",
                 self.0.name.to_str()
             ),
+            Some(rustls::Error::InvalidCertificate(
+                CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. },
+            )) => "the worker's certificate does not say that it is for servers: issue it with the extended key usage \
+                   serverAuth"
+                .into(),
             Some(rustls::Error::InvalidCertificate(why)) => {
                 format!("the worker's certificate is refused: {why}")
             }
@@ -189,8 +222,8 @@ impl Complaint {
 fn refused(error: &str) -> Option<String> {
     let (_, alert) = error.split_once("received fatal alert: ")?;
     Some(format!(
-        "the worker refuses the certificate of --worker-cert ({alert}): it must be valid and of an authority in the \
-         worker's --tls-client-ca"
+        "the worker refuses the certificate of --worker-cert ({alert}): it must be valid, of an authority in the worker's \
+         --tls-client-ca, and have the extended key usage clientAuth"
     ))
 }
 
@@ -270,67 +303,4 @@ impl AsyncWrite for Watched {
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
     }
-}
-
-fn read(files: &WorkerTlsFiles) -> Result<[Vec<u8>; 3], WorkerTlsError> {
-    let one = |flag, path: &Path| {
-        fs::read(path).map_err(|error| WorkerTlsError::File {
-            flag,
-            path: path.to_owned(),
-            why: error.to_string(),
-        })
-    };
-    Ok([
-        one("worker-ca", &files.ca)?,
-        one("worker-cert", &files.cert)?,
-        one("worker-key", &files.key)?,
-    ])
-}
-
-fn config(
-    files: &WorkerTlsFiles,
-    [ca, cert, key]: &[Vec<u8>; 3],
-) -> Result<Arc<ClientConfig>, WorkerTlsError> {
-    let mut roots = RootCertStore::empty();
-    for authority in certificates("worker-ca", &files.ca, ca)? {
-        roots.add(authority).map_err(|error| WorkerTlsError::File {
-            flag: "worker-ca",
-            path: files.ca.clone(),
-            why: error.to_string(),
-        })?;
-    }
-    let chain = certificates("worker-cert", &files.cert, cert)?;
-    let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| WorkerTlsError::File {
-        flag: "worker-key",
-        path: files.key.clone(),
-        why: error.to_string(),
-    })?;
-    let set = |error: rustls::Error| WorkerTlsError::Set(error.to_string());
-    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(set)?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain, key)
-        .map_err(set)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Arc::new(config))
-}
-
-fn certificates(
-    flag: &'static str,
-    path: &Path,
-    pem: &[u8],
-) -> Result<Vec<CertificateDer<'static>>, WorkerTlsError> {
-    let bad = |why: String| WorkerTlsError::File {
-        flag,
-        path: path.to_owned(),
-        why,
-    };
-    let found = CertificateDer::pem_slice_iter(pem)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| bad(error.to_string()))?;
-    if found.is_empty() {
-        return Err(bad("there is no certificate in it".into()));
-    }
-    Ok(found)
 }

@@ -138,6 +138,19 @@ fn probes_are_answered_while_the_runtime_stands_still() {
     took.sort_unstable();
     println!("median {:?}, longest {:?}", took[10], took[19]);
     assert!(took[10] < Duration::from_millis(50), "{took:?}");
+    let ready = probe(address, "/readyz").1;
+    assert!(
+        ready.ends_with(r#"{"ready":true,"ready_replicas":{"m":1}}"#),
+        "{ready}"
+    );
+    let metrics = probe(address, "/metrics").1;
+    let (head, text) = metrics.split_once("\r\n\r\n").expect("a head and a body");
+    assert!(
+        head.contains("content-type: text/plain; version=0.0.4")
+            && head.contains(&format!("content-length: {}", text.len())),
+        "{head}"
+    );
+    assert!(text.contains("# TYPE swallow_router_"), "{text}");
     house.door.leave();
     until_probe(address, "/readyz", "503");
     assert!(probe(address, "/nothing").1.starts_with("HTTP/1.1 404"));

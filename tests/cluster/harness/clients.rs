@@ -22,7 +22,7 @@ use tonic::transport::Channel;
 use super::{Cluster, until};
 
 /// The node that no scenario kills; every node forwards to every router.
-const NODE: &str = "10.250.0.2";
+pub const NODE: &str = "10.250.0.2";
 
 /// A router as clients outside the cluster reach it.
 #[derive(Clone)]

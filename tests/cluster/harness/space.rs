@@ -4,7 +4,7 @@ use std::{cell::RefCell, time::Duration};
 
 use serde_json::Value;
 
-use super::{Cluster, Door, Model, until};
+use super::{Cluster, Door, Model, NODE, until};
 
 /// Longer than anything here takes on two busy cores, a lost node included.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -178,19 +178,26 @@ impl<'a> Space<'a> {
 
     /// The addresses of the model's router, outside the cluster.
     pub fn door(&self, router: &str) -> Door {
+        let port = |name| self.node_port(router, name);
+        Door::new(self.cluster, port("grpc"), port("http"))
+    }
+
+    /// The address of a router whose OpenAI clients speak TLS, outside the cluster.
+    pub fn https(&self, router: &str) -> String {
+        format!("https://{NODE}:{}", self.node_port(router, "http"))
+    }
+
+    fn node_port(&self, router: &str, name: &str) -> u64 {
         let service = self
             .json(&["get", "service", router])
             .expect("the router has a Service");
-        let port = |name: &str| {
-            service["spec"]["ports"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .find(|port| port["name"] == name)
-                .and_then(|port| port["nodePort"].as_u64())
-                .unwrap_or_else(|| panic!("no node port {name} in {}", service["spec"]))
-        };
-        Door::new(self.cluster, port("grpc"), port("http"))
+        service["spec"]["ports"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|port| port["name"] == name)
+            .and_then(|port| port["nodePort"].as_u64())
+            .unwrap_or_else(|| panic!("no node port {name} in {}", service["spec"]))
     }
 }
 

@@ -79,7 +79,8 @@ pub fn alerts_and_dashboard_name_what_there_is(space: &Space<'_>) {
     // Some series begin with the first request.
     golden_text_is_served(&space.door("tiny-router"), "tiny");
     let mut told = BTreeSet::new();
-    for (role, port) in [("worker", 8061), ("router", 8000)] {
+    // The ports that the chart's PodMonitors name.
+    for (role, port) in [("worker", 8061), ("router", 8081)] {
         let selector = format!("serving.swallow.dev/role={role}");
         let pods = space.kubectl(&[
             "get",

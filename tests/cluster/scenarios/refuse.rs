@@ -5,10 +5,11 @@ use std::fs;
 use serde_json::{Value, json};
 use swallow_tests::root;
 
-use crate::harness::{Model, Space, condition, fixture, group_reasons};
+use super::serve::golden_text_is_served;
+use crate::harness::{Model, Space, condition, fixture, group_reasons, now, operator_uses};
 
 /// Waits until some group gives this reason; its message.
-fn until_reason(space: &Space<'_>, model: &str, reason: &str) -> String {
+pub fn until_reason(space: &Space<'_>, model: &str, reason: &str) -> String {
     let found = space.until_model(model, reason, |model| {
         let told = group_reasons(model).iter().any(|group| group.1 == reason);
         told.then_some(()).ok_or_else(|| format!("no {reason}"))
@@ -139,4 +140,30 @@ pub fn gpus_that_are_short_are_named(space: &Space<'_>) {
         down.2
     );
     assert_eq!(condition(&quarantined, "RecoveryHealthy").0, "False");
+}
+
+/// An operator that may not read nodes serves as ever, asks for none, and says why a group has no place in the words of
+/// the scheduler.
+pub fn without_a_right_to_nodes_the_scheduler_is_quoted(space: &Space<'_>) {
+    let install = |values: &[&str]| {
+        space.cluster.install(values).expect("the chart can be upgraded");
+    };
+    install(&["--set", "rbac.readNodes=false"]);
+    let start = now();
+    space.apply(&Model::tiny("tiny", 1));
+    space.apply(&Model::tiny("gpu", 1).with("accelerator", json!({"device": "GPU", "deviceMemory": "80Gi"})));
+    let message = until_reason(space, "gpu", "Unschedulable");
+    assert!(
+        message.contains("nodes are available") && !message.contains("is short by"),
+        "{message}"
+    );
+    space.until_settled("tiny");
+    golden_text_is_served(&space.door("tiny-router"), "tiny");
+    let (used, refused) = operator_uses(space.cluster, &start);
+    assert!(refused.is_empty(), "{refused:?}");
+    assert!(
+        !used.is_empty() && used.iter().all(|one| one.resource != "/nodes"),
+        "{used:?}"
+    );
+    install(&[]);
 }

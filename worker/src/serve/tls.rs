@@ -14,12 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustls::{
-    CertificateError, RootCertStore, ServerConfig,
-    crypto::ring,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::WebPkiClientVerifier,
-};
+use rustls::{CertificateError, ServerConfig};
+use swallow_rpc::mutual::{Part, Pem, PemError};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -70,6 +66,39 @@ pub struct TlsFiles {
     pub client_ca: PathBuf,
 }
 
+impl TlsFiles {
+    fn read(&self) -> Result<Current, TlsError> {
+        let pem = Pem::read(|part| {
+            fs::read(self.flag(part).1).map_err(|error| self.unusable(part, error.to_string()))
+        })?;
+        let config = pem.of_worker().map_err(|error| match error {
+            PemError::Part(part, why) => self.unusable(part, why),
+            PemError::Set(why) => TlsError::Set(why),
+        })?;
+        Ok(Current {
+            pem,
+            config: Arc::new(config),
+        })
+    }
+
+    fn flag(&self, part: Part) -> (&'static str, &Path) {
+        match part {
+            Part::Authorities => ("tls-client-ca", &self.client_ca),
+            Part::Chain => ("tls-cert", &self.cert),
+            Part::Key => ("tls-key", &self.key),
+        }
+    }
+
+    fn unusable(&self, part: Part, why: String) -> TlsError {
+        let (flag, path) = self.flag(part);
+        TlsError::File {
+            flag,
+            path: path.to_owned(),
+            why,
+        }
+    }
+}
+
 /// What sessions are accepted with, as the files have it now. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct SessionTls(Arc<Inner>);
@@ -81,7 +110,7 @@ struct Inner {
 }
 
 struct Current {
-    bytes: [Vec<u8>; 3],
+    pem: Pem,
     config: Arc<ServerConfig>,
 }
 
@@ -91,11 +120,10 @@ impl SessionTls {
     /// # Errors
     /// They cannot be used.
     pub(super) fn load(files: TlsFiles) -> Result<Self, TlsError> {
-        let bytes = read(&files)?;
-        let config = config(&files, &bytes)?;
+        let now = RwLock::new(files.read()?);
         Ok(Self(Arc::new(Inner {
             files,
-            now: RwLock::new(Current { bytes, config }),
+            now,
             refused: Mutex::new(None),
         })))
     }
@@ -123,12 +151,12 @@ impl SessionTls {
 
     /// Reads the files. True: they have changed.
     fn look(&self) -> Result<bool, TlsError> {
-        let bytes = read(&self.0.files)?;
-        if self.0.now.read().unwrap_or_else(PoisonError::into_inner).bytes == bytes {
+        let read = self.0.files.read()?;
+        let mut now = self.0.now.write().unwrap_or_else(PoisonError::into_inner);
+        if now.pem == read.pem {
             return Ok(false);
         }
-        let config = config(&self.0.files, &bytes)?;
-        *self.0.now.write().unwrap_or_else(PoisonError::into_inner) = Current { bytes, config };
+        *now = read;
         Ok(true)
     }
 
@@ -189,70 +217,6 @@ impl SessionTls {
     }
 }
 
-fn read(files: &TlsFiles) -> Result<[Vec<u8>; 3], TlsError> {
-    let one = |flag, path: &Path| {
-        fs::read(path).map_err(|error| TlsError::File {
-            flag,
-            path: path.to_owned(),
-            why: error.to_string(),
-        })
-    };
-    Ok([
-        one("tls-cert", &files.cert)?,
-        one("tls-key", &files.key)?,
-        one("tls-client-ca", &files.client_ca)?,
-    ])
-}
-
-fn config(files: &TlsFiles, [cert, key, ca]: &[Vec<u8>; 3]) -> Result<Arc<ServerConfig>, TlsError> {
-    let chain = certificates("tls-cert", &files.cert, cert)?;
-    let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| TlsError::File {
-        flag: "tls-key",
-        path: files.key.clone(),
-        why: error.to_string(),
-    })?;
-    let mut roots = RootCertStore::empty();
-    for authority in certificates("tls-client-ca", &files.client_ca, ca)? {
-        roots.add(authority).map_err(|error| TlsError::File {
-            flag: "tls-client-ca",
-            path: files.client_ca.clone(),
-            why: error.to_string(),
-        })?;
-    }
-    let provider = Arc::new(ring::default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-        .build()
-        .map_err(|error| TlsError::Set(error.to_string()))?;
-    let set = |error: rustls::Error| TlsError::Set(error.to_string());
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(set)?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(chain, key)
-        .map_err(set)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Arc::new(config))
-}
-
-fn certificates(
-    flag: &'static str,
-    path: &Path,
-    pem: &[u8],
-) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let bad = |why: String| TlsError::File {
-        flag,
-        path: path.to_owned(),
-        why,
-    };
-    let found = CertificateDer::pem_slice_iter(pem)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| bad(error.to_string()))?;
-    if found.is_empty() {
-        return Err(bad("there is no certificate in it".into()));
-    }
-    Ok(found)
-}
-
 /// Why a handshake failed, and what to change.
 fn in_words(error: &io::Error) -> String {
     let cause = error
@@ -268,10 +232,13 @@ fn in_words(error: &io::Error) -> String {
         Some(rustls::Error::InvalidCertificate(
             CertificateError::Expired | CertificateError::ExpiredContext { .. },
         )) => "its certificate has expired: give the router a new one".into(),
+        Some(rustls::Error::InvalidCertificate(
+            CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. },
+        )) => "its certificate does not say that it is for clients: issue it with the extended key usage clientAuth".into(),
         Some(rustls::Error::InvalidCertificate(why)) => format!("its certificate is refused: {why}"),
         Some(rustls::Error::AlertReceived(alert)) => format!(
             "it refuses the certificate of --tls-cert ({alert:?}): it must be valid, of an authority in the router's \
-             --worker-ca, and for the name of its --worker-tls-name"
+             --worker-ca, for the name of its --worker-tls-name, and have the extended key usage serverAuth"
         ),
         Some(rustls::Error::InvalidMessage(_)) => {
             "it speaks no TLS: start the router with --worker-ca, --worker-cert and --worker-key".into()

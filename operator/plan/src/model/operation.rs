@@ -141,7 +141,7 @@ pub struct Router {
     pub api_keys_secret_ref: Option<KeysSecret>,
     /// tlsSecretName is the Secret with the certificate that clients are shown on both ports, as tls.crt
     /// and tls.key; it is read again when it changes, under running streams. Defaults to none: clients speak
-    /// no TLS. With it, scrapes of /metrics speak TLS too.
+    /// no TLS. Probes and scrapes do not either way: /metrics is at the pods' probe port, 8081, too.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub tls_secret_name: Option<String>,
@@ -213,10 +213,11 @@ fn keys_json() -> String {
 #[serde(rename_all = "camelCase")]
 pub struct MutualTls {
     /// workerSecretName is the Secret of worker pods, in the model's namespace; its certificate is for the
-    /// DNS name serverName. Required.
+    /// DNS name serverName and has the extended key usage serverAuth. Required.
     #[schemars(length(min = 1, max = 253))]
     pub worker_secret_name: String,
-    /// routerSecretName is the Secret of router pods, in the model's namespace. Required.
+    /// routerSecretName is the Secret of router pods, in the model's namespace; its certificate has the
+    /// extended key usage clientAuth. Required.
     #[schemars(length(min = 1, max = 253))]
     pub router_secret_name: String,
     /// serverName is the DNS name that workers' certificates carry. Pods are addressed by IPs that no

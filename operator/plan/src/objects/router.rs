@@ -324,6 +324,18 @@ mod tests {
                 ("/etc/swallow/mutual-tls", "of-routers")
             ]
         );
+        // The port that probes and the chart's PodMonitor name speaks no TLS, whatever clients do.
+        let probe = json!({ "name": "probe", "containerPort": 8081 });
+        let container = &router["containers"][0];
+        assert!(
+            container["ports"]
+                .as_array()
+                .is_some_and(|ports| ports.contains(&probe))
+        );
+        for kind in ["readinessProbe", "livenessProbe"] {
+            assert_eq!(container[kind]["httpGet"]["port"], "probe");
+            assert_eq!(container[kind]["httpGet"]["scheme"], Value::Null);
+        }
         assert_eq!(
             router["volumes"][0]["secret"]["items"],
             json!([{ "key": "tenants.json", "path": "keys.json" }])

@@ -100,6 +100,7 @@ impl World {
             fingerprint: fingerprint.clone(),
             ready: u32::from(self.now > *applied),
             leaving: false,
+            trouble: None,
         });
         Observed {
             groups: self.groups.iter().map(|group| group.seen.clone()).collect(),
