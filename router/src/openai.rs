@@ -7,6 +7,7 @@
 mod body;
 mod chat;
 mod completions;
+mod conversation;
 mod error;
 mod fields;
 mod format;

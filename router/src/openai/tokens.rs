@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{
     Api, Asked,
-    chat::{conversation, tools},
+    conversation::{conversation, tools},
     error::Problem,
     fields::Fields,
     known::Page,
