@@ -4,6 +4,7 @@
 //! The client's deadline binds all of it: tokenising, waiting and every event of the answer.
 
 mod fault;
+mod memory;
 mod reply;
 mod request;
 
@@ -20,6 +21,7 @@ use tokio::{sync::Semaphore, time::Instant};
 use uuid::Uuid;
 
 pub use fault::{BAD_VALUE, Fault, Invalid, PROMPT_TOO_LONG, UNSUPPORTED};
+pub use memory::Gathered;
 pub use reply::{Answer, End, Piece, Reply, Spoken, Usage};
 pub use request::{Chat, Input, MAX_CANDIDATES, MAX_TOP, Request, Stop, Unasked};
 
@@ -30,7 +32,7 @@ use crate::{
     metrics::{Metrics, Stage},
     models::{Library, ModelText},
     template::{Conversation, TemplateError, end_of_last},
-    text::{StopSet, Wording},
+    text::Wording,
 };
 
 /// Texts up to this size are tokenised where they are: handing them over costs more. About 0.2 ms, of our own tokenizer
@@ -55,6 +57,7 @@ struct Inner {
     metrics: Arc<Metrics>,
     /// Texts that are tokenised at once: as many as there are cores.
     encoders: Arc<Semaphore>,
+    memory: memory::Memory,
     /// Places to wait for a model's first replica.
     early: Semaphore,
     leaving: AtomicBool,
@@ -100,6 +103,7 @@ impl Door {
             library: Library::default(),
             metrics,
             encoders: Arc::new(Semaphore::new(cores)),
+            memory: memory::Memory::default(),
             early: Semaphore::new(EARLY_REQUESTS),
             leaving: AtomicBool::new(false),
             draining: AtomicBool::new(false),
@@ -219,6 +223,11 @@ impl Door {
         .await
     }
 
+    /// For an answer that is to be told whole, over all prompts of a request.
+    pub fn gather(&self) -> Gathered {
+        self.0.memory.answer()
+    }
+
     /// Waits for a replica; resolves when one has accepted the request.
     pub async fn start(&self, prepared: Prepared) -> Result<Reply, Fault> {
         let called = Clock::now();
@@ -250,13 +259,14 @@ impl Door {
         if size <= inline {
             return encode(entry, text, input, &self.0.metrics);
         }
+        let waiting = self.0.memory.text(size)?;
         let (model, text, metrics) = (Arc::clone(entry), Arc::clone(text), Arc::clone(&self.0.metrics));
         let permit = Arc::clone(&self.0.encoders)
             .acquire_owned()
             .await
             .expect("never closed");
         let job = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
+            let _held = (permit, waiting);
             encode(&model, &text, input, &metrics)
         });
         let failed = |error| format!("its tokenizer failed on a prompt: {error}");
@@ -400,6 +410,7 @@ fn prepared(
     // A stop string that is exactly one added token never shows up in text that leaves such tokens out.
     let texts: Vec<(u32, String)> = stop
         .strings
+        .strings()
         .iter()
         .filter_map(|string| Some((text.tokenizer.added_token(string)?, string.clone())))
         .collect();
@@ -416,7 +427,7 @@ fn prepared(
         shown: request.shown.and_then(|token| text.tokenizer.added_token(token)),
         include_stop: stop.include,
         min_tokens: stop.min_tokens,
-        stops: StopSet::new(stop.strings),
+        stops: Arc::clone(&stop.strings),
     };
     let mut sampling = request.sampling;
     // Chosen here, so that another replica can go on with the same draws.
@@ -431,7 +442,8 @@ fn prepared(
         min_tokens: stop.min_tokens.min(max_tokens),
         stop_token_ids,
         ignore_eos: stop.ignore_eos,
-        grammar: request.grammar.map(Arc::new),
+        text_bytes: stop.strings.bytes() as u64,
+        grammar: request.grammar,
         logprobs: request.logprobs,
         prompt_logprobs: request.prompt_logprobs,
         prompt_logprobs_from: request.prompt_logprobs_from,

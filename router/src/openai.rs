@@ -147,6 +147,11 @@ struct Asked {
 struct Ignored(Vec<String>);
 
 impl Asked {
+    /// The body, which need not be kept while the request waits and runs.
+    fn take_body(&mut self) -> Bytes {
+        std::mem::take(&mut self.body)
+    }
+
     /// It is read; `names` are the fields that nobody knows.
     fn parsed(&self, api: &Api, names: Vec<String>) -> Ignored {
         api.door.metrics().stage(Stage::Parse, self.at.elapsed());

@@ -125,7 +125,7 @@ fn wording(stops: &[&str]) -> Wording {
         shown: None,
         include_stop: false,
         min_tokens: 0,
-        stops: StopSet::new(stops.iter().map(ToString::to_string).collect()),
+        stops: StopSet::new(stops.iter().map(ToString::to_string).collect()).into(),
     }
 }
 
@@ -204,7 +204,7 @@ fn any_transcript_is_the_whole_output_cut_at_its_first_stop_string() {
         let stops = random_stops(&mut rng);
         let wording = Wording {
             include_stop: rng.bool(),
-            stops: StopSet::new(stops.clone()),
+            stops: StopSet::new(stops.clone()).into(),
             ..wording(&[])
         };
         let include = wording.include_stop;

@@ -138,7 +138,12 @@ impl Services {
 
     async fn score_one(&self, request: Request) -> Result<(Score, Usage), Fault> {
         let prepared = self.door.prepare(request).await?;
-        let (scores, _, usage) = self.door.start(prepared).await?.collect().await?;
+        let (scores, _, usage) = self
+            .door
+            .start(prepared)
+            .await?
+            .collect(&self.door.gather())
+            .await?;
         let score = Score {
             logprob: scores.iter().map(|score| f64::from(score.logprob)).sum(),
             is_greedy: scores.iter().all(|score| score.rank == 1),

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     ask::Score,
     calls::Calls,
-    generate::{Fault, Input, Piece, Reply, Request},
+    generate::{Fault, Gathered, Input, Piece, Reply, Request},
     metrics::Call,
 };
 
@@ -44,8 +44,8 @@ struct Shape {
 }
 
 /// Answers a conversation. The call is taken where the response goes on after this returns.
-pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(Page::Chat, &asked.body)?;
+pub(super) async fn chat(api: &Api, mut asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
+    let mut fields = Fields::parse(Page::Chat, &asked.take_body())?;
     let Parsed {
         common,
         top,
@@ -88,19 +88,20 @@ pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Re
         })
         .await?
     } else {
-        whole(&shape, api.door.start(prepared).await?).await?
+        let gathered = api.door.gather();
+        whole(&shape, api.door.start(prepared).await?, &gathered).await?
     };
     Ok(ignored.named_in(response))
 }
 
-async fn whole(shape: &Shape, reply: Reply) -> Result<Response, Problem> {
+async fn whole(shape: &Shape, reply: Reply, gathered: &Gathered) -> Result<Response, Problem> {
     let text = std::sync::Arc::clone(&reply.text);
     let naming = Naming {
         tokenizer: &text.tokenizer,
         by_id: shape.ids_as_names,
     };
     let prompt = std::sync::Arc::clone(&reply.prompt);
-    let (scores, answers, usage) = reply.collect().await?;
+    let (scores, answers, usage) = reply.collect(gathered).await?;
     let choices = answers.into_iter().enumerate().map(|(index, answer)| {
         let (finish_reason, stop_reason) = ended(&answer.end);
         let (content, tool_calls) = shape.spoken(answer.text);

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     ask::Score,
-    generate::{Answer, Fault, Input, Invalid, Piece, Prepared, Reply, Request, Unasked, Usage},
+    generate::{Answer, Fault, Gathered, Input, Invalid, Piece, Prepared, Reply, Request, Unasked, Usage},
     metrics::Call,
     models::ModelText,
     text::{StopSet, Transcript, Wording},
@@ -94,17 +94,17 @@ struct Shown {
 struct One {
     index: u32,
     prepared: Prepared,
-    /// The prompt's own text, if it was one.
+    /// The prompt's own text, if it was one and is echoed.
     text: Option<String>,
 }
 
 /// Answers prompts. The call is taken where the response goes on after this returns.
 pub(super) async fn completions(
     api: &Api,
-    asked: Asked,
+    mut asked: Asked,
     call: &mut Option<Call>,
 ) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(Page::Completions, &asked.body)?;
+    let mut fields = Fields::parse(Page::Completions, &asked.take_body())?;
     let Parsed {
         common,
         top,
@@ -124,10 +124,9 @@ pub(super) async fn completions(
     let prompt_top = for_echo.max(common.prompt_logprobs);
     let mut ones = Vec::with_capacity(prompts.len());
     for (index, input) in (0..).zip(prompts) {
-        let text = if let Input::Text { text, .. } = &input {
-            Some(text.clone())
-        } else {
-            None
+        let text = match &input {
+            Input::Text { text, .. } if echo => Some(text.clone()),
+            _ => None,
         };
         let request = Request {
             deadline: asked.deadline,
@@ -239,9 +238,10 @@ fn best_of(fields: &mut Fields, n: u32) -> Result<(), Invalid> {
 }
 
 async fn whole(api: &Api, shape: &Shape, ones: Vec<One>) -> Result<Response, Problem> {
+    let gathered = api.door.gather();
     // In the order in which they end, so that a prompt that fails drops, and so cancels, all others at once.
     let answers = stream::iter(ones)
-        .map(|one| answered(api, shape, one))
+        .map(|one| answered(api, shape, one, &gathered))
         .buffer_unordered(AT_ONCE);
     let mut done: Vec<(Vec<Choice>, Usage)> = answers.try_collect().await?;
     done.sort_by_key(|(choices, _)| choices.first().map(|choice| choice.index));
@@ -250,14 +250,19 @@ async fn whole(api: &Api, shape: &Shape, ones: Vec<One>) -> Result<Response, Pro
     Ok(Json(shape.completion(choices.into_iter().flatten().collect(), usage)).into_response())
 }
 
-async fn answered(api: &Api, shape: &Shape, one: One) -> Result<(Vec<Choice>, Usage), Fault> {
+async fn answered(
+    api: &Api,
+    shape: &Shape,
+    one: One,
+    gathered: &Gathered,
+) -> Result<(Vec<Choice>, Usage), Fault> {
     let One {
         index,
         prepared,
         text,
     } = one;
     let (model, prompt) = (Arc::clone(&prepared.text), Arc::clone(prepared.prompt()));
-    let (scores, answers, usage) = api.door.start(prepared).await?.collect().await?;
+    let (scores, answers, usage) = api.door.start(prepared).await?.collect(gathered).await?;
     let shown = shape.shown(&model, &prompt, text.as_deref());
     let choices = (index * shape.n..).zip(answers);
     let choices =
@@ -411,7 +416,7 @@ impl Shape {
             shown: None,
             include_stop: false,
             min_tokens: 0,
-            stops: StopSet::new(Vec::new()),
+            stops: Arc::new(StopSet::new(Vec::new())),
         };
         let mut transcript = Transcript::new(Arc::clone(&model.tokenizer), Arc::new(wording));
         let mut unused = String::new();

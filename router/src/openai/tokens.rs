@@ -84,8 +84,12 @@ impl ToDetokenize {
     }
 }
 
-pub(super) async fn tokenize(api: &Api, asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(Page::Tokenize, &asked.body)?;
+pub(super) async fn tokenize(
+    api: &Api,
+    mut asked: Asked,
+    call: &mut Option<Call>,
+) -> Result<Response, Problem> {
+    let mut fields = Fields::parse(Page::Tokenize, &asked.take_body())?;
     let ToTokenize {
         model,
         with_texts,
@@ -113,10 +117,10 @@ pub(super) async fn tokenize(api: &Api, asked: Asked, call: &mut Option<Call>) -
 
 pub(super) async fn detokenize(
     api: &Api,
-    asked: Asked,
+    mut asked: Asked,
     call: &mut Option<Call>,
 ) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(Page::Detokenize, &asked.body)?;
+    let mut fields = Fields::parse(Page::Detokenize, &asked.take_body())?;
     let ToDetokenize {
         model,
         tokens,

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 const ROOT: u32 = 0;
 
 /// A prefix of some stop string.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Node {
     /// Sorted by byte.
     next: Vec<(u8, u32)>,
@@ -21,8 +21,8 @@ struct Node {
     ends: Option<u32>,
 }
 
-/// The stop strings of one request, shared by its candidates.
-#[derive(Clone, Debug)]
+/// The stop strings of one request, shared by its prompts and candidates.
+#[derive(Clone, Debug, PartialEq)]
 pub struct StopSet {
     nodes: Vec<Node>,
     strings: Vec<String>,
@@ -51,6 +51,13 @@ impl StopSet {
     /// No string can match.
     pub fn is_empty(&self) -> bool {
         self.nodes.len() == 1
+    }
+
+    /// About what it takes in memory.
+    pub fn bytes(&self) -> usize {
+        let edges: usize = self.nodes.iter().map(|node| node.next.capacity()).sum();
+        let strings: usize = self.strings.iter().map(String::capacity).sum();
+        self.nodes.capacity() * size_of::<Node>() + edges * size_of::<(u8, u32)>() + strings
     }
 
     /// The strings in the request's order.

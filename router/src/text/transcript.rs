@@ -19,7 +19,7 @@ pub struct Wording {
     /// Stop strings are looked for in the text after so many tokens.
     pub min_tokens: u32,
     /// What ends a candidate.
-    pub stops: StopSet,
+    pub stops: Arc<StopSet>,
 }
 
 /// What one token added.
