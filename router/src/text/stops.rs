@@ -147,12 +147,29 @@ impl StopCursor {
                 return Some(which);
             }
         }
-        // A stop string never starts inside a code point, so neither does the withheld end of the text.
+        self.hold(set, text, out);
+        None
+    }
+
+    /// Withholds of what was read that which may be the beginning of a stop string. None starts inside a code point, so
+    /// neither does the withheld end of the text.
+    fn hold(&mut self, set: &StopSet, text: &str, out: &mut String) {
         self.held.push_str(text);
         let free = self.held.len() - set.nodes[self.at as usize].depth as usize;
         out.push_str(&self.held[..free]);
         self.held.drain(..free);
-        None
+    }
+
+    /// Reads `text` in which no match counts; one that begins in it and ends behind it does.
+    pub fn pass(&mut self, set: &StopSet, text: &str, out: &mut String) {
+        for byte in text.bytes() {
+            self.at = set.step(self.at, byte);
+            // A whole stop string that no longer one goes on from is the beginning of nothing.
+            while self.at != ROOT && set.nodes[self.at as usize].next.is_empty() {
+                self.at = set.nodes[self.at as usize].fail;
+            }
+        }
+        self.hold(set, text, out);
     }
 
     /// The text ended without a match: what was withheld is shown after all.
