@@ -310,8 +310,9 @@ fn encode(entry: &ModelEntry, text: &ModelText, input: Input, metrics: &Metrics)
     let context = entry.max_model_len;
     if least > context as usize {
         let bytes = prompt.len();
-        let why =
-            format!("has {bytes} bytes and so at least {least} tokens; the model's context has {context}");
+        let why = format!(
+            "has {bytes} bytes and so at least {least} tokens; this model's maximum context length is {context}"
+        );
         return Err(Invalid {
             field: "prompt".into(),
             why,
@@ -381,7 +382,8 @@ fn render(entry: &ModelEntry, text: &ModelText, chat: &Chat, metrics: &Metrics) 
     Ok(rendered)
 }
 
-fn check_ids(field: &'static str, ids: &[u32], vocab_size: u32) -> Result<(), Invalid> {
+/// All of them in the vocabulary.
+pub(crate) fn check_ids(field: &'static str, ids: &[u32], vocab_size: u32) -> Result<(), Invalid> {
     match ids.iter().position(|&id| id >= vocab_size) {
         Some(at) => Err(Invalid::new(
             field,
@@ -483,14 +485,18 @@ fn max_tokens(stop: &Stop, prompt: usize, context: u32) -> Result<u32, Invalid> 
         .ok()
         .and_then(|prompt| context.checked_sub(prompt));
     let Some(room) = room.filter(|&room| room > 0 || stop.max_tokens == Some(0)) else {
-        let why =
-            format!("has {prompt} tokens; the model's context of {context} leaves no room for an answer");
-        return Err(too_long(why));
+        let room = match stop.max_tokens {
+            Some(0) => "",
+            _ => ", which leaves no room for an answer",
+        };
+        return Err(too_long(format!(
+            "has {prompt} tokens; this model's maximum context length is {context}{room}"
+        )));
     };
     match (stop.max_tokens, stop.unasked) {
         (Some(asked), _) if asked > room => Err(too_long(format!(
-            "has {prompt} tokens, and max_tokens asks for {asked} more: together {} exceed the model's context of \
-             {context}; shorten the prompt or ask for at most {room}",
+            "has {prompt} tokens, and max_tokens asks for {asked} more, {} together; this model's maximum context length \
+             is {context}: shorten the prompt or ask for at most {room}",
             prompt as u64 + u64::from(asked)
         ))),
         (Some(asked), _) => Ok(asked),

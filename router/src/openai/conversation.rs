@@ -7,12 +7,14 @@ use serde_json::{Map, Value};
 
 use super::{fields::Fields, params::Common};
 use crate::{
-    generate::{Chat, Invalid, Unasked},
+    generate::{Chat, Invalid, MAX_TOP, Unasked},
     tools::{Choice, Tools, earlier_calls},
 };
 
 const MAX_MESSAGES: usize = 4096;
 const MAX_ROLE_BYTES: usize = 64;
+/// Variables of the template that are not the client's to set beside the fields that they come from.
+const OWN_FIELDS: [&str; 4] = ["messages", "add_generation_prompt", "tools", "documents"];
 
 /// What a request says.
 pub(super) struct Parsed {
@@ -53,6 +55,10 @@ fn top(fields: &mut Fields) -> Result<Option<u32>, Invalid> {
     let top = fields.count("top_logprobs")?;
     match (on, top) {
         (false, Some(1..)) => Err(Invalid::new("top_logprobs", "needs logprobs to be true")),
+        (true, Some(top)) if top > MAX_TOP => Err(Invalid::new(
+            "top_logprobs",
+            format!("must be from 0 to {MAX_TOP}, and is {top}"),
+        )),
         (false, _) => Ok(None),
         (true, top) => Ok(Some(top.unwrap_or(0))),
     }
@@ -95,18 +101,15 @@ pub(super) fn conversation(fields: &mut Fields) -> Result<Chat, Invalid> {
         ));
     }
     let mut args = fields.object("chat_template_kwargs")?.unwrap_or_default();
-    let documents = fields.array("documents")?.unwrap_or_default();
-    if !documents.is_empty() {
-        args.insert("documents".to_owned(), Value::Array(documents));
-    }
-    if let Some(name) = ["messages", "add_generation_prompt"]
-        .into_iter()
-        .find(|name| args.contains_key(*name))
-    {
+    if let Some(name) = OWN_FIELDS.into_iter().find(|name| args.contains_key(*name)) {
         return Err(Invalid::new(
             "chat_template_kwargs",
             format!("must not have '{name}', a field of its own"),
         ));
+    }
+    let documents = fields.array("documents")?.unwrap_or_default();
+    if !documents.is_empty() {
+        args.insert("documents".to_owned(), Value::Array(documents));
     }
     let continue_final = fields.bool("continue_final_message")?.unwrap_or(false);
     let add_generation_prompt = fields.bool("add_generation_prompt")?;

@@ -149,3 +149,20 @@ fn stop(fields: &mut Fields, unasked: Unasked) -> Result<Stop, Invalid> {
         include: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openai::known::Page;
+
+    #[test]
+    fn prompts_of_a_request_share_what_may_be_large() {
+        let body = br#"{"stop": ["a", "b"], "guided_regex": "x+"}"#;
+        let mut fields = Fields::parse(Page::Completions, body).expect("an object");
+        let common = Common::read(&mut fields, Unasked::ContextEnd).expect("sound");
+        let [one, other] = [1, 2].map(|id| common.request(Input::Tokens(vec![id]), None, None));
+        assert!(Arc::ptr_eq(&one.stop.strings, &other.stop.strings));
+        let grammars = one.grammar.zip(other.grammar).expect("both have it");
+        assert!(Arc::ptr_eq(&grammars.0, &grammars.1));
+    }
+}

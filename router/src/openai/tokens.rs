@@ -16,7 +16,7 @@ use super::{
     known::Page,
 };
 use crate::{
-    generate::{Fault, Input, Invalid},
+    generate::{Fault, Input, Invalid, check_ids},
     metrics::Call,
     models,
 };
@@ -46,10 +46,14 @@ struct ToTokenize {
 
 impl ToTokenize {
     fn read(fields: &mut Fields) -> Result<Self, Invalid> {
+        let prompt = fields.string("prompt")?;
+        if prompt.is_some() && fields.take("messages").is_some() {
+            return Err(Invalid::new("messages", "can't be given beside prompt"));
+        }
         Ok(Self {
             model: fields.string("model")?.unwrap_or_default(),
             with_texts: fields.bool("return_token_strs")?.unwrap_or(false),
-            input: match fields.string("prompt")? {
+            input: match prompt {
                 Some(text) => Input::Text {
                     text,
                     add_special: fields.bool("add_special_tokens")?.unwrap_or(true),
@@ -102,9 +106,10 @@ pub(super) async fn tokenize(
     }
     let text = api.door.text(&entry).await?;
     let tokens = api.door.tokens(&entry, &text, input).await?;
+    // As the vocabulary has them: their texts would not be told apart where they are parts of characters.
     let strings = tokens
         .iter()
-        .map(|&id| String::from_utf8_lossy(text.tokenizer.token_bytes(id)).into_owned());
+        .map(|&id| text.tokenizer.name(id).unwrap_or_default());
     let token_strs = with_texts.then(|| strings.collect());
     let body = Tokens {
         count: tokens.len(),
@@ -132,6 +137,7 @@ pub(super) async fn detokenize(
         call.model(&entry.name);
     }
     let text = api.door.text(&entry).await?;
+    check_ids("tokens", &tokens, entry.vocab_size)?;
     let bytes = text.tokenizer.decode(&tokens, skip_special);
     let body = Prompt {
         prompt: String::from_utf8_lossy(&bytes).into_owned(),

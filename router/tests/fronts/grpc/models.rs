@@ -100,6 +100,15 @@ async fn models_and_tokens() {
         tokens: Some(ids),
         skip_special_tokens: true,
     };
+    let outside = wire::DetokenizeRequest {
+        tokens: Some(wire::TokenIds { ids: vec![1 << 20] }),
+        ..request.clone()
+    };
+    let status = tokens.detokenize(outside).await.expect_err("no such token");
+    assert_eq!(
+        super::fields::refused(&status),
+        (Code::InvalidArgument, "tokens".to_owned())
+    );
     let bytes = tokens.detokenize(request).await.expect("bytes").into_inner().text;
     assert_eq!(bytes, [0xE6, 0x97], "exact, though it is no text");
 }

@@ -98,6 +98,33 @@ async fn scores_are_of_continuations_and_bound_to_a_context() {
         ),
         (
             wire::ScoreRequest {
+                continuations: continuations(&["a", &"b".repeat(CONTEXT as usize)]),
+                ..request.clone()
+            },
+            "continuations[1]",
+        ),
+        (
+            wire::ScoreRequest {
+                context: Some(Context::TokenIds(wire::TokenIds {
+                    ids: vec![1, 1 << 20],
+                })),
+                ..request.clone()
+            },
+            "context",
+        ),
+        (
+            wire::ScoreRequest {
+                continuations: vec![wire::score_request::Continuation {
+                    content: Some(wire::score_request::continuation::Content::TokenIds(
+                        wire::TokenIds { ids: vec![1 << 20] },
+                    )),
+                }],
+                ..request.clone()
+            },
+            "continuations[0]",
+        ),
+        (
+            wire::ScoreRequest {
                 continuations: vec![wire::score_request::Continuation::default()],
                 ..request
             },
