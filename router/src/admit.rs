@@ -223,7 +223,6 @@ impl Shared {
         });
         let deadline = ask.deadline.map(|deadline| self.at(deadline));
         let options = (ask.sampling.logit_bias.len() + ask.stop_token_ids.len()) * 8;
-        let grammar = ask.grammar.as_ref().map_or(0, |grammar| grammar.text().len());
         let keys: usize = flight.keys.iter().map(|keys| keys.keys.len() * 8).sum();
         Waiting {
             id: flight.id,
@@ -233,9 +232,7 @@ impl Shared {
             priority: ask.share.priority,
             tokens: ask.prompt.len() as u64,
             work: ask.prompt.len() as u64 + u64::from(expected) * u64::from(ask.candidates),
-            bytes: (size_of_val(&*ask.prompt) + options + grammar + keys) as u64
-                + ask.text_bytes
-                + REQUEST_BYTES,
+            bytes: (size_of_val(&*ask.prompt) + options + keys) as u64 + ask.text_bytes + REQUEST_BYTES,
             since: now,
             until: deadline
                 .into_iter()

@@ -82,7 +82,7 @@ pub struct Ask {
     pub prompt_logprobs: Option<u32>,
     /// Of those from this position on; below the prompt's length, and 1 at least, since nothing predicts the first.
     pub prompt_logprobs_from: u32,
-    /// What the text side keeps of it meanwhile.
+    /// What stop strings and grammar take in memory meanwhile; what other prompts of its request share, in part.
     pub text_bytes: u64,
     /// Blocks are shared only under equal salts.
     pub cache_salt: u64,

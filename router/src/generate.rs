@@ -26,13 +26,13 @@ pub use reply::{Answer, End, Piece, Reply, Spoken, Usage};
 pub use request::{Chat, Input, MAX_CANDIDATES, MAX_TOP, Request, Stop, Unasked};
 
 use crate::{
-    ask::{Ask, Refusal},
+    ask::{Ask, Grammar, Refusal},
     engine::Engine,
     fleet::ModelEntry,
     metrics::{Metrics, Stage},
     models::{Library, ModelText},
     template::{Conversation, TemplateError, end_of_last},
-    text::Wording,
+    text::{StopSet, Wording},
 };
 
 /// Texts up to this size are tokenised where they are: handing them over costs more. About 0.2 ms, of our own tokenizer
@@ -444,7 +444,7 @@ fn prepared(
         min_tokens: stop.min_tokens.min(max_tokens),
         stop_token_ids,
         ignore_eos: stop.ignore_eos,
-        text_bytes: stop.strings.bytes() as u64,
+        text_bytes: text_bytes(&stop.strings, request.grammar.as_ref()),
         grammar: request.grammar,
         logprobs: request.logprobs,
         prompt_logprobs: request.prompt_logprobs,
@@ -467,6 +467,12 @@ fn prepared(
         ends,
         arrived,
     })
+}
+
+/// What a prompt's part is of what its request's prompts share: less, the more of them have theirs already.
+fn text_bytes(stops: &Arc<StopSet>, grammar: Option<&Arc<Grammar>>) -> u64 {
+    let grammar = grammar.map_or(0, |grammar| grammar.text().len() / Arc::strong_count(grammar));
+    (stops.bytes() / Arc::strong_count(stops) + grammar) as u64
 }
 
 fn max_tokens(stop: &Stop, prompt: usize, context: u32) -> Result<u32, Invalid> {

@@ -8,6 +8,7 @@ mod body;
 mod chat;
 mod completions;
 mod conversation;
+mod echo;
 mod error;
 mod fields;
 mod format;

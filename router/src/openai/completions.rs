@@ -16,6 +16,7 @@ use tonic::Code;
 
 use super::{
     Api, Asked,
+    echo::Echo,
     error::Problem,
     fields::{Fields, ids},
     known::Page,
@@ -29,7 +30,6 @@ use crate::{
     generate::{Answer, Fault, Gathered, Input, Invalid, Piece, Prepared, Reply, Request, Unasked, Usage},
     metrics::Call,
     models::ModelText,
-    text::{StopSet, Transcript, Wording},
 };
 
 /// What OpenAI's interface gives where no length is asked for.
@@ -79,15 +79,6 @@ struct Choice {
     prompt_token_ids: Option<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
-}
-
-/// A prompt as an echo shows it; empty without one.
-struct Shown {
-    text: String,
-    /// Of each token, in characters.
-    offsets: Vec<u32>,
-    /// Of all of it.
-    chars: u32,
 }
 
 /// A prompt on its way.
@@ -280,7 +271,7 @@ struct Said {
 /// What is needed of a running prompt to write its pieces.
 struct Running {
     index: u32,
-    shown: Shown,
+    shown: Echo,
     model: Arc<ModelText>,
     prompt: Arc<[u32]>,
 }
@@ -403,33 +394,12 @@ impl Shape {
     }
 
     /// The prompt as an echo shows it; empty without one.
-    fn shown(&self, model: &ModelText, prompt: &[u32], text: Option<&str>) -> Shown {
-        if !self.echo {
-            return Shown {
-                text: String::new(),
-                offsets: Vec::new(),
-                chars: 0,
-            };
+    fn shown(&self, model: &ModelText, prompt: &[u32], text: Option<&str>) -> Echo {
+        if self.echo {
+            Echo::of(model, prompt, text, self.skip_special)
+        } else {
+            Echo::default()
         }
-        let wording = Wording {
-            skip_special: self.skip_special,
-            shown: None,
-            include_stop: false,
-            min_tokens: 0,
-            stops: Arc::new(StopSet::new(Vec::new())),
-        };
-        let mut transcript = Transcript::new(Arc::clone(&model.tokenizer), Arc::new(wording));
-        let mut unused = String::new();
-        let offsets = prompt
-            .iter()
-            .map(|&token| transcript.push(token, &mut unused).offset)
-            .collect();
-        let text = match text {
-            Some(text) => text.to_owned(),
-            None => String::from_utf8_lossy(&model.tokenizer.decode(prompt, self.skip_special)).into_owned(),
-        };
-        let chars = text.chars().count() as u32;
-        Shown { text, offsets, chars }
     }
 
     fn choice(
@@ -437,7 +407,7 @@ impl Shape {
         index: u32,
         model: &ModelText,
         prompt: &[u32],
-        shown: &Shown,
+        shown: &Echo,
         scores: &[Score],
         answer: Answer,
     ) -> Choice {

@@ -313,12 +313,7 @@ const KNOWN: &[Known] = &[
     refused(CHAT, OpenAi, "audio", &[], TEXT_ONLY),
     refused(CHAT, OpenAi, "modalities", &["[\"text\"]"], TEXT_ONLY),
     refused(CHAT, OpenAi, "moderation", &[], "there is no moderation"),
-    refused_if_empty(
-        CHAT,
-        OpenAi,
-        "web_search_options",
-        "there is no web search; refused if empty too",
-    ),
+    refused_if_empty(CHAT, OpenAi, "web_search_options", "there is no web search"),
     refused(BOTH, Vllm, "mm_processor_kwargs", &[], TEXT_ONLY),
     refused(TEXT, Vllm, "prompt_embeds", &[], "prompts are text or token ids"),
     refused(
@@ -480,6 +475,10 @@ template in use, in vLLM's shape; `?model=` picks one of several models.
                 let fate = match fate {
                     Fate::Served => "served".to_owned(),
                     Fate::WithoutEffect => "no effect".to_owned(),
+                    Fate::Refused {
+                        empty_is_nothing: false,
+                        ..
+                    } => "refused, if empty too".to_owned(),
                     Fate::Refused { harmless: [], .. } => "refused".to_owned(),
                     Fate::Refused { harmless, .. } => format!("refused, but for `{}`", harmless[0]),
                 };

@@ -41,7 +41,7 @@ async fn scores_are_of_continuations_and_bound_to_a_context() {
         continuations: continuations(&[" cat", " x", "日"]),
         ..Default::default()
     };
-    let answer = client.score(request.clone()).await.expect("sound").into_inner();
+    let answer = client.score(request).await.expect("sound").into_inner();
     let told: Vec<_> = answer
         .scores
         .iter()
@@ -66,7 +66,19 @@ async fn scores_are_of_continuations_and_bound_to_a_context() {
         ),
         (8 + 6 + 7, 6, 0)
     );
+}
 
+#[tokio::test]
+async fn what_is_wrong_with_a_score_is_named_where_it_is() {
+    use wire::score_request::Context;
+    let router = start(|ask| says(ask, "ok")).await;
+    let mut client = GenerationServiceClient::new(channel(&router).await);
+    let request = wire::ScoreRequest {
+        model: "tiny".into(),
+        context: Some(Context::Text("The".into())),
+        continuations: continuations(&[" cat"]),
+        ..Default::default()
+    };
     for (request, name) in [
         (
             wire::ScoreRequest {
