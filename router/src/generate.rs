@@ -350,8 +350,8 @@ fn render(entry: &ModelEntry, text: &ModelText, chat: &Chat, metrics: &Metrics) 
     for name in ["tools", "documents"] {
         if chat.args.contains_key(name) && !template.reads(name) {
             let why = format!(
-                "the model's chat template does not read {name}; give the model's folder a \
-                               chat_template.jinja that does"
+                "the model's chat template does not read {name}; give the model's folder a chat_template.jinja that does, \
+                 or start its workers with such a --chat-template"
             );
             return Err(Invalid::unsupported(name, why).into());
         }
