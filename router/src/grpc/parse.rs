@@ -85,7 +85,7 @@ pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result
         .map(|args| object(args, 0))
         .transpose()?
         .unwrap_or_default();
-    if let Some(name) = ["messages", "add_generation_prompt"]
+    if let Some(name) = ["messages", "add_generation_prompt", "tools"]
         .into_iter()
         .find(|name| args.contains_key(*name))
     {
