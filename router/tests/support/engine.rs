@@ -20,7 +20,7 @@ use swallow_router::{
     fleet::{ModelEntry, ModelFile, ModelFiles},
     generate::Door,
     grpc::{self, Health},
-    http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
+    http::{self, Front, Limits, Places, Port, Protocol, ShutdownHandle},
     metrics::Metrics,
     openai::{self, Settings},
 };
@@ -276,15 +276,15 @@ async fn start_with(
     let grpc = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let addresses = [&http, &grpc].map(|listener| listener.local_addr().expect("bound"));
     let servers = [
-        (http, Protocol::Http, openai::router_with(door.clone(), settings)),
-        (grpc, Protocol::Grpc, grpc::router(&door, &health, MAX_BODY)),
+        (http, Protocol::Http, openai::front_with(door.clone(), settings)),
+        (grpc, Protocol::Grpc, grpc::front(&door, &health, MAX_BODY)),
     ];
     let places = Places::new(1024);
-    let serve = |(listener, protocol, router): (TcpListener, Protocol, axum::Router)| {
+    let serve = |(listener, protocol, front): (TcpListener, Protocol, Front)| {
         let port = Port {
             listener,
             protocol,
-            router,
+            front,
             open: metrics.connections(protocol.label()),
             limits: Limits::of(protocol),
             places: places.clone(),
