@@ -207,6 +207,28 @@ fn every_mistake_is_a_line_with_field_and_advice() {
 }
 
 #[test]
+fn a_chat_template_reaches_the_worker_as_it_is_written() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("model.yaml");
+    let yaml = "apiVersion: serving.swallow.dev/v1alpha1\nkind: SwallowModel\nmetadata: {name: m}\nspec:\n  accelerator: {device: \
+                CPU}\n  model: {source: {type: HostPath, hostPath: {path: /m}}}\n  engine:\n    chatTemplate: |-\n      {{- '東京 \
+                $(HOME) $$' -}}\n      {%- if tools %}{{ tools }}{% endif %}\n";
+    fs::write(&file, yaml).expect("the folder is ours");
+    let objects = documents(&text(&operator(&["plan", "-f", &file.display().to_string()])));
+    let pod = objects.iter().find(|object| object["kind"] == "Pod");
+    let args = &pod.expect("one group")["spec"]["containers"][0]["args"];
+    let args: Vec<&str> = args
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    // Kubernetes takes `$$` for a dollar, and puts nothing for a variable then.
+    let expected = "--chat-template={{- '東京 $$(HOME) $$$$' -}}\n{%- if tools %}{{ tools }}{% endif %}";
+    assert!(args.contains(&expected), "{args:?}");
+}
+
+#[test]
 fn what_fetches_gets_token_and_authority_and_tells_its_progress() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("model.yaml");

@@ -232,7 +232,7 @@ impl Shared {
             priority: ask.share.priority,
             tokens: ask.prompt.len() as u64,
             work: ask.prompt.len() as u64 + u64::from(expected) * u64::from(ask.candidates),
-            bytes: (size_of_val(&*ask.prompt) + options + keys) as u64 + REQUEST_BYTES,
+            bytes: (size_of_val(&*ask.prompt) + options + keys) as u64 + ask.text_bytes + REQUEST_BYTES,
             since: now,
             until: deadline
                 .into_iter()

@@ -44,6 +44,15 @@ pub enum Grammar {
     Lark(String),
 }
 
+impl Grammar {
+    /// As it was given.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::JsonSchema(text) | Self::Regex(text) | Self::Lark(text) => text,
+        }
+    }
+}
+
 /// A sound request: bounds were checked against the model at the door.
 #[derive(Clone, Debug)]
 pub struct Ask {
@@ -73,6 +82,8 @@ pub struct Ask {
     pub prompt_logprobs: Option<u32>,
     /// Of those from this position on; below the prompt's length, and 1 at least, since nothing predicts the first.
     pub prompt_logprobs_from: u32,
+    /// What stop strings and grammar take in memory meanwhile; what other prompts of its request share, in part.
+    pub text_bytes: u64,
     /// Blocks are shared only under equal salts.
     pub cache_salt: u64,
     /// Whose it is.

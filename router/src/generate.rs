@@ -4,6 +4,7 @@
 //! The client's deadline binds all of it: tokenising, waiting and every event of the answer.
 
 mod fault;
+mod memory;
 mod reply;
 mod request;
 
@@ -20,11 +21,12 @@ use tokio::{sync::Semaphore, time::Instant};
 use uuid::Uuid;
 
 pub use fault::{BAD_VALUE, Fault, Invalid, PROMPT_TOO_LONG, UNSUPPORTED};
+pub use memory::Gathered;
 pub use reply::{Answer, End, Piece, Reply, Spoken, Usage};
 pub use request::{Chat, Input, MAX_CANDIDATES, MAX_TOP, Request, Stop, Unasked};
 
 use crate::{
-    ask::{Ask, Refusal},
+    ask::{Ask, Grammar, Refusal},
     engine::Engine,
     fleet::ModelEntry,
     metrics::{Metrics, Stage},
@@ -55,6 +57,7 @@ struct Inner {
     metrics: Arc<Metrics>,
     /// Texts that are tokenised at once: as many as there are cores.
     encoders: Arc<Semaphore>,
+    memory: memory::Memory,
     /// Places to wait for a model's first replica.
     early: Semaphore,
     leaving: AtomicBool,
@@ -100,6 +103,7 @@ impl Door {
             library: Library::default(),
             metrics,
             encoders: Arc::new(Semaphore::new(cores)),
+            memory: memory::Memory::default(),
             early: Semaphore::new(EARLY_REQUESTS),
             leaving: AtomicBool::new(false),
             draining: AtomicBool::new(false),
@@ -219,6 +223,11 @@ impl Door {
         .await
     }
 
+    /// For an answer that is to be told whole, over all prompts of a request.
+    pub fn gather(&self) -> Gathered {
+        self.0.memory.answer()
+    }
+
     /// Waits for a replica; resolves when one has accepted the request.
     pub async fn start(&self, prepared: Prepared) -> Result<Reply, Fault> {
         let called = Clock::now();
@@ -250,13 +259,14 @@ impl Door {
         if size <= inline {
             return encode(entry, text, input, &self.0.metrics);
         }
+        let waiting = self.0.memory.text(size)?;
         let (model, text, metrics) = (Arc::clone(entry), Arc::clone(text), Arc::clone(&self.0.metrics));
         let permit = Arc::clone(&self.0.encoders)
             .acquire_owned()
             .await
             .expect("never closed");
         let job = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
+            let _held = (permit, waiting);
             encode(&model, &text, input, &metrics)
         });
         let failed = |error| format!("its tokenizer failed on a prompt: {error}");
@@ -300,8 +310,9 @@ fn encode(entry: &ModelEntry, text: &ModelText, input: Input, metrics: &Metrics)
     let context = entry.max_model_len;
     if least > context as usize {
         let bytes = prompt.len();
-        let why =
-            format!("has {bytes} bytes and so at least {least} tokens; the model's context has {context}");
+        let why = format!(
+            "has {bytes} bytes and so at least {least} tokens; this model's maximum context length is {context}"
+        );
         return Err(Invalid {
             field: "prompt".into(),
             why,
@@ -339,8 +350,8 @@ fn render(entry: &ModelEntry, text: &ModelText, chat: &Chat, metrics: &Metrics) 
     for name in ["tools", "documents"] {
         if chat.args.contains_key(name) && !template.reads(name) {
             let why = format!(
-                "the model's chat template does not read {name}; give the model's folder a \
-                               chat_template.jinja that does"
+                "the model's chat template does not read {name}; give the model's folder a chat_template.jinja that does, \
+                 or start its workers with such a --chat-template"
             );
             return Err(Invalid::unsupported(name, why).into());
         }
@@ -371,7 +382,8 @@ fn render(entry: &ModelEntry, text: &ModelText, chat: &Chat, metrics: &Metrics) 
     Ok(rendered)
 }
 
-fn check_ids(field: &'static str, ids: &[u32], vocab_size: u32) -> Result<(), Invalid> {
+/// All of them in the vocabulary.
+pub(crate) fn check_ids(field: &'static str, ids: &[u32], vocab_size: u32) -> Result<(), Invalid> {
     match ids.iter().position(|&id| id >= vocab_size) {
         Some(at) => Err(Invalid::new(
             field,
@@ -400,6 +412,7 @@ fn prepared(
     // A stop string that is exactly one added token never shows up in text that leaves such tokens out.
     let texts: Vec<(u32, String)> = stop
         .strings
+        .strings()
         .iter()
         .filter_map(|string| Some((text.tokenizer.added_token(string)?, string.clone())))
         .collect();
@@ -416,7 +429,7 @@ fn prepared(
         shown: request.shown.and_then(|token| text.tokenizer.added_token(token)),
         include_stop: stop.include,
         min_tokens: stop.min_tokens,
-        stops: StopSet::new(stop.strings),
+        stops: Arc::clone(&stop.strings),
     };
     let mut sampling = request.sampling;
     // Chosen here, so that another replica can go on with the same draws.
@@ -431,7 +444,8 @@ fn prepared(
         min_tokens: stop.min_tokens.min(max_tokens),
         stop_token_ids,
         ignore_eos: stop.ignore_eos,
-        grammar: request.grammar.map(Arc::new),
+        text_bytes: text_bytes(&stop.strings, request.grammar.as_ref()),
+        grammar: request.grammar,
         logprobs: request.logprobs,
         prompt_logprobs: request.prompt_logprobs,
         prompt_logprobs_from: request.prompt_logprobs_from,
@@ -455,6 +469,12 @@ fn prepared(
     })
 }
 
+/// What a prompt's part is of what its request's prompts share: less, the more of them have theirs already.
+fn text_bytes(stops: &Arc<StopSet>, grammar: Option<&Arc<Grammar>>) -> u64 {
+    let grammar = grammar.map_or(0, |grammar| grammar.text().len() / Arc::strong_count(grammar));
+    (stops.bytes() / Arc::strong_count(stops) + grammar) as u64
+}
+
 fn max_tokens(stop: &Stop, prompt: usize, context: u32) -> Result<u32, Invalid> {
     let too_long = |why: String| Invalid {
         field: "prompt".into(),
@@ -471,14 +491,18 @@ fn max_tokens(stop: &Stop, prompt: usize, context: u32) -> Result<u32, Invalid> 
         .ok()
         .and_then(|prompt| context.checked_sub(prompt));
     let Some(room) = room.filter(|&room| room > 0 || stop.max_tokens == Some(0)) else {
-        let why =
-            format!("has {prompt} tokens; the model's context of {context} leaves no room for an answer");
-        return Err(too_long(why));
+        let room = match stop.max_tokens {
+            Some(0) => "",
+            _ => ", which leaves no room for an answer",
+        };
+        return Err(too_long(format!(
+            "has {prompt} tokens; this model's maximum context length is {context}{room}"
+        )));
     };
     match (stop.max_tokens, stop.unasked) {
         (Some(asked), _) if asked > room => Err(too_long(format!(
-            "has {prompt} tokens, and max_tokens asks for {asked} more: together {} exceed the model's context of \
-             {context}; shorten the prompt or ask for at most {room}",
+            "has {prompt} tokens, and max_tokens asks for {asked} more, {} together; this model's maximum context length \
+             is {context}: shorten the prompt or ask for at most {room}",
             prompt as u64 + u64::from(asked)
         ))),
         (Some(asked), _) => Ok(asked),

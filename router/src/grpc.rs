@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use tonic::{metadata::MetadataMap, service::Routes};
 
 pub use health::Health;
+pub(crate) use status::told;
 
 use crate::{
     generate::{Door, Invalid},

@@ -29,16 +29,21 @@ use serde::Deserialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use swallow_policy::{Priority, TenantId};
-use tonic::Status;
+use tonic::Code;
 use tower::{Service, service_fn};
 use tracing::{error, info};
 
-use crate::http::{Front, Protocol};
+use crate::{
+    grpc::told,
+    http::{Front, Protocol},
+};
 
 /// Between two looks at the file. A mounted Secret takes a minute to arrive anyway.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// More keys than any file of a Secret, which has a megabyte, can hold.
 const KEYS_MAX: usize = 10_000;
+/// What a key is told that has as many requests open as it may: its owner knows better when one of them ends.
+const PLACE_SOON: Duration = Duration::from_secs(1);
 /// Pages that are read without a key.
 const OPEN_PATHS: [&str; 3] = ["/health", "/readyz", "/metrics"];
 /// The same over gRPC.
@@ -137,6 +142,17 @@ struct Owner {
 
 type Owners = HashMap<[u8; 32], Owner>;
 
+/// Numbers of tenants. None is given twice: requests of a tenant that is not in the file any more may still wait.
+#[derive(Debug, Default)]
+struct Numbers(AtomicU32);
+
+impl Numbers {
+    /// 0 is nobody's.
+    fn next(&self) -> TenantId {
+        TenantId(self.0.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
 /// The keys of a file. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ApiKeys(Arc<Inner>);
@@ -144,6 +160,7 @@ pub struct ApiKeys(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
+    numbers: Numbers,
     owners: RwLock<Arc<Owners>>,
 }
 
@@ -153,10 +170,12 @@ impl ApiKeys {
     /// # Errors
     /// It cannot be used.
     pub fn load(path: &Path) -> Result<Self, KeysError> {
-        let owners = parse(path, &read(path)?, &Owners::new())?;
+        let numbers = Numbers::default();
+        let owners = parse(path, &read(path)?, &Owners::new(), &numbers)?;
         info!(path = %path.display(), keys = owners.len(), "API keys are asked for");
         Ok(Self(Arc::new(Inner {
             path: path.to_owned(),
+            numbers,
             owners: RwLock::new(Arc::new(owners)),
         })))
     }
@@ -180,7 +199,7 @@ impl ApiKeys {
             }
             // A file that makes no sense is told of once.
             seen.clone_from(&text);
-            parse(path, &text, &self.owners()).map(Some)
+            parse(path, &text, &self.owners(), &self.0.numbers).map(Some)
         });
         match loaded {
             Ok(None) => {}
@@ -253,7 +272,7 @@ fn read(path: &Path) -> Result<Vec<u8>, KeysError> {
 }
 
 /// Owners of a file's keys; those that were there `before` keep their tenant's number and what they have open.
-fn parse(path: &Path, text: &[u8], before: &Owners) -> Result<Owners, KeysError> {
+fn parse(path: &Path, text: &[u8], before: &Owners, numbers: &Numbers) -> Result<Owners, KeysError> {
     let wrong = |why: String| KeysError::Parse {
         path: path.to_owned(),
         why,
@@ -265,12 +284,10 @@ fn parse(path: &Path, text: &[u8], before: &Owners) -> Result<Owners, KeysError>
             file.keys.len()
         )));
     }
-    // 0 is nobody's.
     let mut tenants: HashMap<Arc<str>, TenantId> = before
         .values()
         .map(|owner| (Arc::clone(&owner.name), owner.share.tenant))
         .collect();
-    let mut last = tenants.values().map(|tenant| tenant.0).max().unwrap_or(0);
     let mut owners = Owners::new();
     for (i, entry) in file.keys.into_iter().enumerate() {
         let digest = digest(&entry.sha256)
@@ -283,10 +300,7 @@ fn parse(path: &Path, text: &[u8], before: &Owners) -> Result<Owners, KeysError>
             return Err(wrong(format!("keys[{i}].tenant is empty")));
         }
         let name: Arc<str> = entry.tenant.into();
-        let tenant = *tenants.entry(Arc::clone(&name)).or_insert_with(|| {
-            last += 1;
-            TenantId(last)
-        });
+        let tenant = *tenants.entry(Arc::clone(&name)).or_insert_with(|| numbers.next());
         let priority = match entry.priority.unwrap_or(Rank::Normal) {
             Rank::Low => Priority::Low,
             Rank::Normal => Priority::Normal,
@@ -338,9 +352,13 @@ impl Denied {
         let text = self.to_string();
         if protocol == Protocol::Grpc {
             return match self {
-                Self::NoKey => Status::unauthenticated(text).into_http(),
-                Self::TooMany { .. } => Status::resource_exhausted(text).into_http(),
-            };
+                Self::NoKey => told(Code::Unauthenticated, "INVALID_API_KEY", text, None),
+                Self::TooMany { .. } => {
+                    let (code, reason) = (Code::ResourceExhausted, "TOO_MANY_OPEN_REQUESTS");
+                    told(code, reason, text, Some(PLACE_SOON))
+                }
+            }
+            .into_http();
         }
         let (status, kind, code) = match self {
             Self::NoKey => (
@@ -357,12 +375,10 @@ impl Denied {
         let body = json!({"error": {"message": text, "type": kind, "param": null, "code": code}});
         let mut response = (status, Json(body)).into_response();
         let (name, value) = match self {
-            Self::NoKey => (header::WWW_AUTHENTICATE, "Bearer"),
-            Self::TooMany { .. } => (header::RETRY_AFTER, "1"),
+            Self::NoKey => (header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
+            Self::TooMany { .. } => (header::RETRY_AFTER, PLACE_SOON.as_secs().into()),
         };
-        response
-            .headers_mut()
-            .insert(name, HeaderValue::from_static(value));
+        response.headers_mut().insert(name, value);
         response
     }
 }
@@ -419,9 +435,9 @@ mod tests {
         format!(r#"{{"sha256": "{digest}"{rest}}}"#)
     }
 
-    fn parsed(entries: &[String], before: &Owners) -> Result<Owners, String> {
+    fn parsed(entries: &[String], before: &Owners, numbers: &Numbers) -> Result<Owners, String> {
         let text = format!(r#"{{"keys": [{}]}}"#, entries.join(","));
-        parse(Path::new("keys.json"), text.as_bytes(), before).map_err(|error| error.to_string())
+        parse(Path::new("keys.json"), text.as_bytes(), before, numbers).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -434,7 +450,8 @@ mod tests {
             ),
             entry('c', r#", "tenant": "one", "priority": "low""#),
         ];
-        let owners = parsed(&first, &Owners::new()).expect("sound");
+        let numbers = Numbers::default();
+        let owners = parsed(&first, &Owners::new(), &numbers).expect("sound");
         let of = |owners: &Owners, byte: u8| owners[&[byte; 32]].clone();
         let (a, b, c) = (of(&owners, 0xaa), of(&owners, 0xbb), of(&owners, 0xcc));
         assert_eq!(a.share.tenant, c.share.tenant);
@@ -446,10 +463,17 @@ mod tests {
             entry('d', r#", "tenant": "three""#),
             entry('b', r#", "tenant": "two", "max_open_requests": 2"#),
         ];
-        let owners = parsed(&second, &owners).expect("sound");
+        let owners = parsed(&second, &owners, &numbers).expect("sound");
         let (again, new) = (of(&owners, 0xbb), of(&owners, 0xdd));
         assert_eq!(again.share.tenant, b.share.tenant);
         assert!(![a.share.tenant, b.share.tenant, TenantId(0)].contains(&new.share.tenant));
+        let none = parsed(&[], &owners, &numbers).expect("sound");
+        let last = parsed(&[entry('e', r#", "tenant": "four""#)], &none, &numbers).expect("sound");
+        let seen = [a.share.tenant, b.share.tenant, new.share.tenant];
+        assert!(
+            !seen.contains(&of(&last, 0xee).share.tenant),
+            "what waits of a tenant that went is not another's"
+        );
         let _second = Place::take(&again).expect("two are allowed now");
         assert!(Place::take(&again).is_none());
     }
@@ -476,7 +500,7 @@ mod tests {
                 "twice",
             ),
         ] {
-            let error = parsed(&entries, &Owners::new()).expect_err(what);
+            let error = parsed(&entries, &Owners::new(), &Numbers::default()).expect_err(what);
             assert!(error.contains(what) && error.contains("--api-keys"), "{error}");
         }
     }

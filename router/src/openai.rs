@@ -7,6 +7,8 @@
 mod body;
 mod chat;
 mod completions;
+mod conversation;
+mod echo;
 mod error;
 mod fields;
 mod format;
@@ -64,6 +66,8 @@ const MAX_NAME_BYTES: usize = 64;
 struct Api {
     door: Door,
     settings: Settings,
+    /// Seconds of Unix time: since then models are served here.
+    since: u64,
 }
 
 /// What an operator decides.
@@ -96,7 +100,12 @@ pub fn front(door: Door, max_body_bytes: usize) -> Front {
 /// All routes.
 pub fn front_with(door: Door, settings: Settings) -> Front {
     let panics = door.metrics().panics(Protocol::Http.label());
-    let api = Api { door, settings };
+    let since = render::unix_seconds();
+    let api = Api {
+        door,
+        settings,
+        since,
+    };
     let routes = Router::new()
         .route(
             "/v1/chat/completions",
@@ -147,6 +156,11 @@ struct Asked {
 struct Ignored(Vec<String>);
 
 impl Asked {
+    /// The body, which need not be kept while the request waits and runs.
+    fn take_body(&mut self) -> Bytes {
+        std::mem::take(&mut self.body)
+    }
+
     /// It is read; `names` are the fields that nobody knows.
     fn parsed(&self, api: &Api, names: Vec<String>) -> Ignored {
         api.door.metrics().stage(Stage::Parse, self.at.elapsed());
@@ -285,9 +299,9 @@ fn sse(body: Body) -> Response {
     (headers, body).into_response()
 }
 
-fn described(entry: &ModelEntry, id: &str) -> Value {
+fn described(api: &Api, entry: &ModelEntry, id: &str) -> Value {
     json!({
-        "id": id, "object": "model", "created": 0, "owned_by": "swallow", "root": entry.name, "parent": null,
+        "id": id, "object": "model", "created": api.since, "owned_by": "swallow", "root": entry.name, "parent": null,
         "max_model_len": entry.max_model_len,
     })
 }
@@ -297,14 +311,14 @@ async fn models(State(api): State<Api>) -> Response {
     let all = entries.iter().flat_map(|entry| {
         std::iter::once(&entry.name)
             .chain(&entry.aliases)
-            .map(|id| described(entry, id))
+            .map(|id| described(&api, entry, id))
     });
     Json(json!({"object": "list", "data": all.collect::<Vec<Value>>()})).into_response()
 }
 
 async fn model(State(api): State<Api>, Path(id): Path<String>) -> Response {
     match api.door.model(&id) {
-        Ok(entry) => Json(described(&entry, &id)).into_response(),
+        Ok(entry) => Json(described(&api, &entry, &id)).into_response(),
         Err(fault) => Problem::from(fault).into_response(),
     }
 }

@@ -1,6 +1,8 @@
 //! Functions that the model may call: what a request says of them, what the template sees, and the grammar of an answer
 //! that has to be a call.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -93,7 +95,7 @@ impl Tools {
     }
 
     /// The output's grammar, where it has to be a call: one of the allowed ones, as Llama 3 writes it.
-    pub(crate) fn grammar(&self, given: Option<Grammar>) -> Result<Option<Grammar>, Invalid> {
+    pub(crate) fn grammar(&self, given: Option<Arc<Grammar>>) -> Result<Option<Arc<Grammar>>, Invalid> {
         if given.is_some() && self.choice != Choice::None {
             let why = "can't be given beside tools: an output that follows it can't be a call; set tool_choice to none";
             return Err(Invalid::new("response_format", why));
@@ -117,7 +119,7 @@ impl Tools {
         // Spaced as Llama 3 was trained to write calls, and not otherwise.
         let spacing = json!({"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "});
         let schema = json!({"anyOf": calls, "x-guidance": spacing});
-        Ok(Some(Grammar::JsonSchema(schema.to_string())))
+        Ok(Some(Arc::new(Grammar::JsonSchema(schema.to_string()))))
     }
 }
 
@@ -217,8 +219,8 @@ mod tests {
         let tools = json!([function("now", Value::Null), function("look", place)]);
         let grammar = |choice: Choice| {
             let tools = chosen(&tools, choice).expect("sound");
-            match tools.grammar(None).expect("one grammar") {
-                Some(Grammar::JsonSchema(schema)) => serde_json::from_str(&schema).expect("JSON"),
+            match tools.grammar(None).expect("one grammar").as_deref() {
+                Some(Grammar::JsonSchema(schema)) => serde_json::from_str(schema).expect("JSON"),
                 _ => Value::Null,
             }
         };
@@ -235,7 +237,7 @@ mod tests {
         assert_eq!(one["anyOf"][0]["properties"]["name"]["const"], "look");
         let none = chosen(&tools, Choice::None).expect("sound");
         assert!(none.callable().is_empty());
-        let regex = Some(Grammar::Regex("a".into()));
+        let regex = Some(Arc::new(Grammar::Regex("a".into())));
         assert_eq!(none.grammar(regex.clone()), Ok(regex.clone()));
         let both = chosen(&tools, Choice::Auto).expect("sound");
         assert_eq!(both.grammar(regex).expect_err("two").field, "response_format");

@@ -216,7 +216,7 @@ fn japanese_streams_in_whole_characters() {
         shown: None,
         include_stop: false,
         min_tokens: 0,
-        stops: StopSet::new(vec![]),
+        stops: StopSet::new(vec![]).into(),
     };
     let mut transcript = Transcript::new(tokenizer.clone(), Arc::new(wording));
     let mut whole = String::new();

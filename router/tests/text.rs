@@ -125,7 +125,7 @@ fn wording(stops: &[&str]) -> Wording {
         shown: None,
         include_stop: false,
         min_tokens: 0,
-        stops: StopSet::new(stops.iter().map(ToString::to_string).collect()),
+        stops: StopSet::new(stops.iter().map(ToString::to_string).collect()).into(),
     }
 }
 
@@ -187,11 +187,42 @@ fn a_stop_token_is_shown_only_where_asked_for() {
 
 #[test]
 fn stop_strings_count_only_after_min_tokens() {
-    let mut spoken = transcript(Wording {
-        min_tokens: 3,
-        ..wording(&["ab"])
-    });
-    assert_eq!(say(&mut spoken, bytes("ababxab")), ("ababx".into(), Some(0)));
+    let tokenizer = Arc::new(tokenizer());
+    let stops = ["ab", "ba", "aab", "b", "abba"];
+    for number in 0..1_u32 << 7 {
+        let text: String = (0..7)
+            .map(|i| if number >> i & 1 == 1 { 'a' } else { 'b' })
+            .collect();
+        for chosen in 0..1_u32 << stops.len() {
+            let chosen = (0..stops.len())
+                .filter(|i| chosen >> i & 1 == 1)
+                .map(|i| stops[i]);
+            let chosen: Vec<&str> = chosen.collect();
+            for min_tokens in 0..=text.len() {
+                let wording = Wording {
+                    min_tokens: min_tokens as u32,
+                    ..wording(&chosen)
+                };
+                let mut spoken = Transcript::new(Arc::clone(&tokenizer), Arc::new(wording));
+                let (mut said, stop) = say(&mut spoken, bytes(&text));
+                if stop.is_none() {
+                    assert_eq!(spoken.finish(&mut said), None);
+                }
+                // A token is a character here.
+                let starts = |end: usize| {
+                    let ending = chosen.iter().filter(|stop| text[..end].ends_with(**stop));
+                    ending.map(|stop| end - stop.len()).min()
+                };
+                let cut = (min_tokens + 1..=text.len()).find_map(starts);
+                assert_eq!(
+                    said,
+                    text[..cut.unwrap_or(text.len())],
+                    "{text} {chosen:?} {min_tokens}"
+                );
+                assert_eq!(stop.is_some(), cut.is_some(), "{text} {chosen:?} {min_tokens}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -204,7 +235,7 @@ fn any_transcript_is_the_whole_output_cut_at_its_first_stop_string() {
         let stops = random_stops(&mut rng);
         let wording = Wording {
             include_stop: rng.bool(),
-            stops: StopSet::new(stops.clone()),
+            stops: StopSet::new(stops.clone()).into(),
             ..wording(&[])
         };
         let include = wording.include_stop;

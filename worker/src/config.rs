@@ -111,6 +111,8 @@ pub struct Config {
     pub prefix_cache: bool,
     /// Fill absent sampling values from the model's generation_config.json.
     pub generation_defaults: bool,
+    /// Text of the chat template, instead of the model's own.
+    pub chat_template: Option<String>,
     /// Longest step.
     pub step_timeout: Duration,
     /// How long running requests may finish after SIGTERM.
@@ -168,6 +170,7 @@ impl Config {
             },
             prefix_cache: args.prefix_cache == PrefixCache::On,
             generation_defaults: args.generation_defaults == GenerationDefaults::Auto,
+            chat_template: args.chat_template,
             step_timeout: Duration::from_secs(args.step_timeout_seconds.into()),
             drain_timeout: Duration::from_secs(args.drain_timeout_seconds.into()),
             tls: tls(args.tls_cert, args.tls_key, args.tls_client_ca),

@@ -262,6 +262,7 @@ pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
             EngineGenerationDefaults::Auto => GenerationDefaults::Auto,
             EngineGenerationDefaults::Neutral => GenerationDefaults::Neutral,
         },
+        chat_template: engine.chat_template.clone(),
         step_timeout_seconds: spec.recovery.step_timeout_seconds,
         drain_timeout_seconds: spec.drain.timeout_seconds,
         tls_cert: of_tls("tls.crt"),
@@ -507,6 +508,7 @@ mod tests {
         }
         for other in [
             json!({ "engine": { "maxStepTokens": 1024 } }),
+            json!({ "engine": { "chatTemplate": "{{ messages }}" } }),
             json!({ "parallelism": { "tensor": 2 } }),
             json!({ "drain": { "timeoutSeconds": 5 } }),
             json!({ "recovery": { "stepTimeoutSeconds": 5 } }),

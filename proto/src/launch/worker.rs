@@ -137,6 +137,9 @@ pub struct WorkerArgs {
     /// Where absent sampling values come from
     #[arg(long, value_enum, default_value = "auto")]
     pub generation_defaults: GenerationDefaults,
+    /// Text of the chat template, in Jinja, instead of the one in the model's folder
+    #[arg(long, value_name = "TEMPLATE")]
+    pub chat_template: Option<String>,
     /// A step that takes longer ends the process, naming rank and step
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub step_timeout_seconds: u32,
@@ -190,6 +193,7 @@ impl WorkerArgs {
         argv.optional("device-memory-percent", self.device_memory_percent);
         argv.choice("prefix-cache", self.prefix_cache);
         argv.choice("generation-defaults", self.generation_defaults);
+        argv.optional("chat-template", self.chat_template.as_ref());
         argv.flag("step-timeout-seconds", self.step_timeout_seconds);
         argv.flag("drain-timeout-seconds", self.drain_timeout_seconds);
         for (flag, path) in [
@@ -247,6 +251,7 @@ mod tests {
             device_memory_percent: Some(90),
             prefix_cache: PrefixCache::Off,
             generation_defaults: GenerationDefaults::Neutral,
+            chat_template: Some("{{- '東京=$(x)' -}}\n{%- if tools %}".into()),
             tls_cert: Some("/tls/tls.crt".into()),
             tls_key: Some("/tls/tls.key".into()),
             tls_client_ca: Some("/tls/ca.crt".into()),

@@ -184,6 +184,7 @@ mod tests {
             logprobs: None,
             prompt_logprobs,
             prompt_logprobs_from: 1,
+            text_bytes: 0,
             cache_salt: 0,
             share: Default::default(),
             deadline: None,

@@ -13,7 +13,10 @@ use futures::StreamExt;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{Ends, Fault, Prepared};
+use super::{
+    Ends, Fault, Prepared,
+    memory::{Gathered, written},
+};
 use crate::{
     ask::{Event, Failure, Finish, Score},
     engine::Run,
@@ -226,8 +229,8 @@ impl Reply {
         }
     }
 
-    /// All of it: the prompt's scores, and the candidates in order.
-    pub async fn collect(mut self) -> Result<(Vec<Score>, Vec<Answer>, Usage), Fault> {
+    /// All of it: the prompt's scores, and the candidates in order. It counts as a part of what is `gathered`.
+    pub async fn collect(mut self, gathered: &Gathered) -> Result<(Vec<Score>, Vec<Answer>, Usage), Fault> {
         let mut scores = Vec::new();
         let mut answers: Vec<Answer> = self
             .voices
@@ -241,12 +244,17 @@ impl Reply {
         while let Some(piece) = self.next().await? {
             match piece {
                 Piece::Started { .. } => {}
-                Piece::PromptScores(all) => scores = all,
+                Piece::PromptScores(all) => {
+                    gathered.take(all.iter().map(|score| written(Some(score))).sum())?;
+                    scores = all;
+                }
                 Piece::Delta {
                     candidate,
                     text,
                     tokens,
                 } => {
+                    let of_tokens = tokens.iter().map(|token| written(token.score.as_ref()));
+                    gathered.take(text.len() + of_tokens.sum::<usize>())?;
                     let answer = &mut answers[candidate as usize];
                     answer.text.push_str(&text);
                     answer.tokens.extend(tokens);

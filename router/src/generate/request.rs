@@ -2,13 +2,16 @@
 //!
 //! Fields carry their OpenAI names in errors.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use serde_json::{Map, Value};
 use tokio::time::Instant;
 
 use super::fault::Invalid;
-use crate::ask::{Grammar, Sampling};
+use crate::{
+    ask::{Grammar, Sampling},
+    text::StopSet,
+};
 
 /// Most candidates of one prompt.
 pub const MAX_CANDIDATES: u32 = 128;
@@ -71,8 +74,8 @@ pub struct Stop {
     pub unasked: Unasked,
     /// No stop before this many tokens.
     pub min_tokens: u32,
-    /// Texts.
-    pub strings: Vec<String>,
+    /// Texts. All prompts of a request share them.
+    pub strings: Arc<StopSet>,
     /// Tokens.
     pub token_ids: Vec<u32>,
     /// Run past the model's own end-of-sequence tokens.
@@ -82,13 +85,28 @@ pub struct Stop {
 }
 
 impl Stop {
+    /// Texts made ready to be looked for, unless they exceed their bounds.
+    pub fn compile(given: Vec<String>) -> Result<Arc<StopSet>, Invalid> {
+        bounded("stop", given.len() as u64, 0, MAX_STOP_STRINGS as u64)?;
+        let bytes: usize = given.iter().map(String::len).sum();
+        if bytes > MAX_STOP_BYTES {
+            let why = format!("has {bytes} bytes of strings; at most {MAX_STOP_BYTES}");
+            return Err(Invalid::new("stop", why));
+        }
+        if given.iter().any(String::is_empty) {
+            let why = "has an empty string, which would end every output at once";
+            return Err(Invalid::new("stop", why));
+        }
+        Ok(Arc::new(StopSet::new(given)))
+    }
+
     /// Nothing asked for.
     pub fn unasked(unasked: Unasked) -> Self {
         Self {
             max_tokens: None,
             unasked,
             min_tokens: 0,
-            strings: Vec::new(),
+            strings: Arc::new(StopSet::new(Vec::new())),
             token_ids: Vec::new(),
             ignore_eos: false,
             include: false,
@@ -107,8 +125,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// When it ends.
     pub stop: Stop,
-    /// What each candidate must follow.
-    pub grammar: Option<Grammar>,
+    /// What each candidate must follow. All prompts of a request share it.
+    pub grammar: Option<Arc<Grammar>>,
     /// Scores of output tokens with so many alternatives.
     pub logprobs: Option<u32>,
     /// Scores of prompt tokens.
@@ -147,8 +165,9 @@ impl Request {
             0,
             MAX_SALT_BYTES as u64,
         )?;
-        if let Some(Grammar::JsonSchema(text) | Grammar::Regex(text) | Grammar::Lark(text)) = &self.grammar {
-            bounded("response_format", text.len() as u64, 1, MAX_GRAMMAR_BYTES as u64)?;
+        if let Some(grammar) = &self.grammar {
+            let bytes = grammar.text().len() as u64;
+            bounded("response_format", bytes, 1, MAX_GRAMMAR_BYTES as u64)?;
             if self.stop.ignore_eos {
                 let why = "an output that must follow a grammar ends with the model's end of sequence";
                 return Err(Invalid::new("ignore_eos", why));
@@ -202,20 +221,6 @@ impl Request {
 
     fn check_stop(&self) -> Result<(), Invalid> {
         let stop = &self.stop;
-        bounded("stop", stop.strings.len() as u64, 0, MAX_STOP_STRINGS as u64)?;
-        let bytes: usize = stop.strings.iter().map(String::len).sum();
-        if bytes > MAX_STOP_BYTES {
-            return Err(Invalid::new(
-                "stop",
-                format!("has {bytes} bytes of strings; at most {MAX_STOP_BYTES}"),
-            ));
-        }
-        if stop.strings.iter().any(String::is_empty) {
-            return Err(Invalid::new(
-                "stop",
-                "has an empty string, which would end every output at once",
-            ));
-        }
         bounded(
             "stop_token_ids",
             stop.token_ids.len() as u64,

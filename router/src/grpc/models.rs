@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     fleet::ModelEntry,
-    generate::{Fault, Input, Invalid},
+    generate::{Fault, Input, Invalid, check_ids},
     metrics::Call,
 };
 
@@ -124,6 +124,7 @@ impl Services {
         call.model(&entry.name);
         let text = self.door.text(&entry).await?;
         let ids = request.tokens.unwrap_or_default().ids;
+        check_ids("tokens", &ids, entry.vocab_size)?;
         Ok(wire::DetokenizeResponse {
             text: text.tokenizer.decode(&ids, request.skip_special_tokens),
         })

@@ -1,6 +1,6 @@
 //! From wire messages to requests; what only the wire can get wrong is refused here.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use prost_types::{Struct, Value as WireValue, value::Kind};
 use serde_json::{Map, Number, Value, json};
@@ -85,7 +85,7 @@ pub(super) fn chat(wire: wire::ChatRequest, deadline: Option<Instant>) -> Result
         .map(|args| object(args, 0))
         .transpose()?
         .unwrap_or_default();
-    if let Some(name) = ["messages", "add_generation_prompt"]
+    if let Some(name) = ["messages", "add_generation_prompt", "tools"]
         .into_iter()
         .find(|name| args.contains_key(*name))
     {
@@ -247,8 +247,8 @@ impl Common {
             model: self.model,
             input,
             sampling: sampling(self.sampling.unwrap_or_default()),
-            stop: stop(self.stop.unwrap_or_default(), unasked),
-            grammar: self.grammar.map(grammar).transpose()?,
+            stop: stop(self.stop.unwrap_or_default(), unasked)?,
+            grammar: self.grammar.map(grammar).transpose()?.map(Arc::new),
             logprobs: switched(
                 "logprobs.top_n",
                 "logprobs.output",
@@ -311,16 +311,16 @@ fn sampling(wire: wire::SamplingParams) -> Sampling {
     }
 }
 
-fn stop(wire: wire::StopCriteria, unasked: Unasked) -> Stop {
-    Stop {
+fn stop(wire: wire::StopCriteria, unasked: Unasked) -> Result<Stop, Invalid> {
+    Ok(Stop {
         max_tokens: wire.max_output_tokens,
         unasked,
         min_tokens: wire.min_output_tokens.unwrap_or(0),
-        strings: wire.stop_strings,
+        strings: Stop::compile(wire.stop_strings)?,
         token_ids: wire.stop_token_ids,
         ignore_eos: wire.ignore_eos,
         include: wire.include_stop_in_output,
-    }
+    })
 }
 
 fn object(wire: Struct, depth: usize) -> Result<Map<String, Value>, Invalid> {

@@ -3,6 +3,8 @@
 //! The first continuation is scored alone. It leaves the context's blocks in its replica's cache, where the others find
 //! them; then all of these run at once.
 
+use std::borrow::Cow;
+
 use futures::{StreamExt, TryStreamExt, stream};
 use swallow_rpc::inference::v1::{
     self as wire,
@@ -60,10 +62,13 @@ impl Services {
         };
         let prompts = in_time(deadline, self.prompts(message)).await?;
         let n = prompts.len();
-        let mut requests = prompts.into_iter().map(|prompt| Request {
-            input: Input::Tokens(prompt.ids),
-            prompt_logprobs_from: prompt.context as u32,
-            ..template.clone()
+        let mut requests = prompts.into_iter().enumerate().map(|(i, prompt)| {
+            let request = Request {
+                input: Input::Tokens(prompt.ids),
+                prompt_logprobs_from: prompt.context as u32,
+                ..template.clone()
+            };
+            (i, request)
         });
         let mut all = Vec::with_capacity(n);
         if let Some(first) = requests.next() {
@@ -96,9 +101,12 @@ impl Services {
                     text: text.clone(),
                     add_special: special,
                 };
-                (tokens(input).await?, Some(text))
+                (tokens(input).await.map_err(in_field("context"))?, Some(text))
             }
-            Some(Context::TokenIds(ids)) => (tokens(Input::Tokens(ids.ids)).await?, None),
+            Some(Context::TokenIds(ids)) => {
+                let ids = tokens(Input::Tokens(ids.ids)).await;
+                (ids.map_err(in_field("context"))?, None)
+            }
             None => return Err(Invalid::new("context", "is missing; give text or token_ids").into()),
         };
         if context.is_empty() {
@@ -114,14 +122,16 @@ impl Services {
                         text: before.clone() + &more,
                         add_special: special,
                     };
-                    tokens(input).await?
+                    tokens(input).await.map_err(in_field(field.clone()))?
                 }
                 (Some(Content::Text(text)), None) => {
                     let add_special = false;
-                    [&context[..], &tokens(Input::Text { text, add_special }).await?].concat()
+                    let own = tokens(Input::Text { text, add_special }).await;
+                    [&context[..], &own.map_err(in_field(field.clone()))?].concat()
                 }
                 (Some(Content::TokenIds(ids)), _) => {
-                    [&context[..], &tokens(Input::Tokens(ids.ids)).await?].concat()
+                    let own = tokens(Input::Tokens(ids.ids)).await;
+                    [&context[..], &own.map_err(in_field(field.clone()))?].concat()
                 }
                 (None, _) => return Err(Invalid::new(field, "is missing; give text or token_ids").into()),
             };
@@ -136,15 +146,32 @@ impl Services {
         Ok(prompts)
     }
 
-    async fn score_one(&self, request: Request) -> Result<(Score, Usage), Fault> {
-        let prepared = self.door.prepare(request).await?;
-        let (scores, _, usage) = self.door.start(prepared).await?.collect().await?;
+    async fn score_one(&self, (i, request): (usize, Request)) -> Result<(Score, Usage), Fault> {
+        let prepared = self.door.prepare(request).await;
+        let prepared = prepared.map_err(in_field(format!("continuations[{i}]")))?;
+        let (scores, _, usage) = self
+            .door
+            .start(prepared)
+            .await?
+            .collect(&self.door.gather())
+            .await?;
         let score = Score {
             logprob: scores.iter().map(|score| f64::from(score.logprob)).sum(),
             is_greedy: scores.iter().all(|score| score.rank == 1),
             token_count: scores.len() as u32,
         };
         Ok((score, usage))
+    }
+}
+
+/// What is wrong with a prompt is wrong with what it was made of.
+fn in_field(field: impl Into<Cow<'static, str>>) -> impl FnOnce(Fault) -> Fault {
+    |fault| match fault {
+        Fault::Invalid(invalid) if invalid.field == "prompt" => Fault::Invalid(Invalid {
+            field: field.into(),
+            ..invalid
+        }),
+        other => other,
     }
 }
 

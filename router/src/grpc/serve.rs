@@ -52,7 +52,7 @@ impl Services {
             text: reply.text.clone(),
             prompt: reply.prompt.clone(),
         };
-        let (scores, answers, usage) = reply.collect().await?;
+        let (scores, answers, usage) = reply.collect(&self.door.gather()).await?;
         Ok(Whole {
             reply: opened,
             scores,

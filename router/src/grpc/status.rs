@@ -1,6 +1,6 @@
 //! Faults as gRPC statuses with google.rpc details.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use tonic::{Code, Status, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, StatusExt};
@@ -14,8 +14,6 @@ const PUSHBACK: &str = "grpc-retry-pushback-ms";
 /// The status of a fault, in a call whose fields have these names.
 pub(super) fn status(fault: &Fault, name: impl Fn(&str) -> String) -> Status {
     let mut details = ErrorDetails::new();
-    let mut metadata = MetadataMap::new();
-    details.set_error_info(fault.reason(), DOMAIN, HashMap::new());
     let message = match fault {
         Fault::Invalid(invalid) => {
             let field = name(&invalid.field);
@@ -28,11 +26,34 @@ pub(super) fn status(fault: &Fault, name: impl Fn(&str) -> String) -> Status {
         }
         fault => fault.to_string(),
     };
-    if let Some(after) = fault.retry_after() {
+    with_details(
+        fault.code(),
+        fault.reason(),
+        message,
+        fault.retry_after(),
+        details,
+    )
+}
+
+/// A refusal that is no fault of a request's own.
+pub(crate) fn told(code: Code, reason: &str, message: String, retry_after: Option<Duration>) -> Status {
+    with_details(code, reason, message, retry_after, ErrorDetails::new())
+}
+
+fn with_details(
+    code: Code,
+    reason: &str,
+    message: String,
+    retry_after: Option<Duration>,
+    mut details: ErrorDetails,
+) -> Status {
+    let mut metadata = MetadataMap::new();
+    details.set_error_info(reason, DOMAIN, HashMap::new());
+    if let Some(after) = retry_after {
         details.set_retry_info(Some(after));
         metadata.insert(PUSHBACK, (after.as_millis().max(1) as u64).into());
     }
-    Status::with_error_details_and_metadata(fault.code(), message, details, metadata)
+    Status::with_error_details_and_metadata(code, message, details, metadata)
 }
 
 /// A fault in a field of the message itself.

@@ -1,4 +1,6 @@
-//! /v1/chat/completions.
+//! /v1/chat/completions: the answer to a conversation, whole or as a stream.
+
+mod wire;
 
 use std::convert::Infallible;
 
@@ -8,29 +10,24 @@ use axum::{
 };
 use bytes::Bytes;
 use futures::Stream;
-use serde::Serialize;
-use serde_json::{Map, Value};
 
+use self::wire::{Choice, Chunk, ChunkChoice, Completion, Delta, Message, ToolCall, as_deltas, deltas};
 use super::{
     Api, Asked,
+    conversation::Parsed,
     error::Problem,
     fields::Fields,
     known::Page,
-    logprobs::{ChatLogprobs, Entries, Naming, RankedToken, prompt_logprobs},
-    params::Common,
-    render::{DONE, Head, StopReason, UsageAsked, UsageBody, ended, event, ids, one_event},
+    logprobs::{ChatLogprobs, Naming, prompt_logprobs},
+    render::{DONE, Head, UsageAsked, UsageBody, ended, event, ids, one_event},
     waiting,
 };
 use crate::{
     ask::Score,
-    calls::{self, Calls, Heard},
-    generate::{Chat, Fault, Input, Invalid, Piece, Reply, Request, Unasked},
+    calls::Calls,
+    generate::{Fault, Gathered, Input, Piece, Reply, Request},
     metrics::Call,
-    tools::{Choice as ToolChoice, Tools, earlier_calls},
 };
-
-const MAX_MESSAGES: usize = 4096;
-const MAX_ROLE_BYTES: usize = 64;
 
 /// What the response is made of, beside the answer.
 struct Shape {
@@ -46,141 +43,9 @@ struct Shape {
     most_calls: usize,
 }
 
-/// A prompt's scores, by position.
-type PromptLogprobs = Vec<Option<Entries<RankedToken>>>;
-
-#[derive(Serialize)]
-struct Completion<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    choices: Vec<Choice>,
-    usage: UsageBody,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_logprobs: Option<PromptLogprobs>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_token_ids: Option<Vec<u32>>,
-}
-
-#[derive(Serialize)]
-struct Choice {
-    index: usize,
-    message: Message,
-    logprobs: Option<ChatLogprobs>,
-    finish_reason: &'static str,
-    stop_reason: Option<StopReason>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    token_ids: Option<Vec<u32>>,
-}
-
-#[derive(Serialize)]
-struct Message {
-    role: &'static str,
-    /// null where there are calls and nothing else.
-    content: Option<String>,
-    /// Always null: no refusals are told apart from answers.
-    refusal: Option<()>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    tool_calls: Vec<ToolCall>,
-}
-
-#[derive(Serialize)]
-struct ToolCall {
-    /// In a stream: which of them, in every piece.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    index: Option<usize>,
-    /// In a stream: in the first piece, as is the name.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<String>,
-    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
-    kind: Option<&'static str>,
-    function: Function,
-}
-
-#[derive(Serialize)]
-struct Function {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<String>,
-    arguments: String,
-}
-
-impl ToolCall {
-    fn whole(call: calls::Call) -> Self {
-        Self {
-            index: None,
-            id: Some(call.id),
-            kind: Some("function"),
-            function: Function {
-                name: Some(call.name),
-                arguments: call.arguments,
-            },
-        }
-    }
-
-    fn begun(name: String) -> Self {
-        Self::whole(calls::Call {
-            id: calls::new_id(),
-            name,
-            arguments: String::new(),
-        })
-    }
-
-    fn more(arguments: String) -> Self {
-        Self {
-            index: None,
-            id: None,
-            kind: None,
-            function: Function {
-                name: None,
-                arguments,
-            },
-        }
-    }
-}
-
-#[derive(Serialize)]
-struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    choices: Vec<ChunkChoice>,
-    /// null in all chunks but the last, where usage was asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<UsageBody>>,
-    /// In the first chunk, as are the prompt's ids.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_logprobs: Option<PromptLogprobs>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_token_ids: Option<Vec<u32>>,
-}
-
-#[derive(Serialize)]
-struct ChunkChoice {
-    index: u32,
-    delta: Delta,
-    logprobs: Option<ChatLogprobs>,
-    finish_reason: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    stop_reason: Option<StopReason>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    token_ids: Option<Vec<u32>>,
-}
-
-#[derive(Default, Serialize)]
-struct Delta {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    role: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tool_calls: Option<[ToolCall; 1]>,
-}
-
 /// Answers a conversation. The call is taken where the response goes on after this returns.
-pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(Page::Chat, &asked.body)?;
+pub(super) async fn chat(api: &Api, mut asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
+    let mut fields = Fields::parse(Page::Chat, &asked.take_body())?;
     let Parsed {
         common,
         top,
@@ -223,201 +88,20 @@ pub(super) async fn chat(api: &Api, asked: Asked, call: &mut Option<Call>) -> Re
         })
         .await?
     } else {
-        whole(&shape, api.door.start(prepared).await?).await?
+        let gathered = api.door.gather();
+        whole(&shape, api.door.start(prepared).await?, &gathered).await?
     };
     Ok(ignored.named_in(response))
 }
 
-/// What a request says.
-struct Parsed {
-    common: Common,
-    top: Option<u32>,
-    chat: Chat,
-    tools: Tools,
-    most_calls: usize,
-}
-
-impl Parsed {
-    fn read(fields: &mut Fields) -> Result<Self, Invalid> {
-        let mut common = Common::read(fields, Unasked::ContextEnd)?;
-        let mut tools = tools(fields)?;
-        if let Some(choice) = tool_choice(fields)? {
-            tools.choose(choice)?;
-        }
-        let mut chat = conversation(fields)?;
-        tools.show(&mut chat);
-        common.grammar = tools.grammar(common.grammar)?;
-        common.marks_calls = !tools.callable().is_empty();
-        let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
-        Ok(Self {
-            common,
-            top: top(fields)?,
-            chat,
-            tools,
-            most_calls: if parallel { usize::MAX } else { 1 },
-        })
-    }
-}
-
-/// `logprobs` is a switch here and `top_logprobs` the number.
-fn top(fields: &mut Fields) -> Result<Option<u32>, Invalid> {
-    let on = fields.bool("logprobs")?.unwrap_or(false);
-    let top = fields.count("top_logprobs")?;
-    match (on, top) {
-        (false, Some(1..)) => Err(Invalid::new("top_logprobs", "needs logprobs to be true")),
-        (false, _) => Ok(None),
-        (true, top) => Ok(Some(top.unwrap_or(0))),
-    }
-}
-
-/// Functions, here and in /tokenize.
-pub(super) fn tools(fields: &mut Fields) -> Result<Tools, Invalid> {
-    Tools::new(fields.array("tools")?.unwrap_or_default())
-}
-
-fn tool_choice(fields: &mut Fields) -> Result<Option<ToolChoice>, Invalid> {
-    let unknown = || {
-        let why = "must be none, auto, required, or {\"type\": \"function\", \"function\": {\"name\": ...}}";
-        Invalid::new("tool_choice", why)
-    };
-    let choice = match fields.take("tool_choice") {
-        None => return Ok(None),
-        Some(Value::String(choice)) => match choice.as_str() {
-            "none" => ToolChoice::None,
-            "auto" => ToolChoice::Auto,
-            "required" => ToolChoice::Required,
-            _ => return Err(unknown()),
-        },
-        Some(named) if named["type"] == "function" => {
-            let name = named["function"]["name"].as_str().ok_or_else(unknown)?;
-            ToolChoice::Named(name.to_owned())
-        }
-        Some(_) => return Err(unknown()),
-    };
-    Ok(Some(choice))
-}
-
-/// The conversation's own fields, here and in /tokenize.
-pub(super) fn conversation(fields: &mut Fields) -> Result<Chat, Invalid> {
-    let messages = fields.array("messages")?.unwrap_or_default();
-    if messages.is_empty() || messages.len() > MAX_MESSAGES {
-        return Err(Invalid::new(
-            "messages",
-            format!("must be a list of 1 to {MAX_MESSAGES} messages"),
-        ));
-    }
-    let mut args = fields.object("chat_template_kwargs")?.unwrap_or_default();
-    let documents = fields.array("documents")?.unwrap_or_default();
-    if !documents.is_empty() {
-        args.insert("documents".to_owned(), Value::Array(documents));
-    }
-    if let Some(name) = ["messages", "add_generation_prompt"]
-        .into_iter()
-        .find(|name| args.contains_key(*name))
-    {
-        return Err(Invalid::new(
-            "chat_template_kwargs",
-            format!("must not have '{name}', a field of its own"),
-        ));
-    }
-    let continue_final = fields.bool("continue_final_message")?.unwrap_or(false);
-    let add_generation_prompt = fields.bool("add_generation_prompt")?;
-    if continue_final && add_generation_prompt == Some(true) {
-        let why = "the model can't go on with the last message and begin its own; give one of continue_final_message \
-                   and add_generation_prompt";
-        return Err(Invalid::new("add_generation_prompt", why));
-    }
-    Ok(Chat {
-        messages: messages
-            .into_iter()
-            .enumerate()
-            .map(|(i, value)| message(i, value))
-            .collect::<Result<_, _>>()?,
-        args,
-        add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final),
-        continue_final,
-        add_special: fields.bool("add_special_tokens")?.unwrap_or(false),
-    })
-}
-
-/// A message whose content is one text. What else it holds goes to the template as it is.
-fn message(i: usize, value: Value) -> Result<Value, Invalid> {
-    let field = |name: &str| format!("messages[{i}].{name}");
-    let Value::Object(mut message) = value else {
-        return Err(Invalid::new(
-            format!("messages[{i}]"),
-            "must be an object with role and content",
-        ));
-    };
-    match message.get("role").and_then(Value::as_str) {
-        Some(role) if !role.is_empty() && role.len() <= MAX_ROLE_BYTES => {}
-        _ => {
-            return Err(Invalid::new(
-                field("role"),
-                format!("must be a string of 1 to {MAX_ROLE_BYTES} bytes"),
-            ));
-        }
-    }
-    for (unserved, why) in [
-        ("function_call", "use tool_calls"),
-        ("audio", "only text goes in and out"),
-    ] {
-        if message
-            .shift_remove(unserved)
-            .is_some_and(|value| !value.is_null())
-        {
-            return Err(Invalid::unsupported(field(unserved), why));
-        }
-    }
-    match message.shift_remove("tool_calls") {
-        None | Some(Value::Null) => {}
-        Some(Value::Array(calls)) if calls.is_empty() => {}
-        Some(Value::Array(calls)) => {
-            let calls = earlier_calls(&field("tool_calls"), calls)?;
-            message.insert("tool_calls".to_owned(), calls);
-        }
-        Some(_) => return Err(Invalid::new(field("tool_calls"), "must be a list")),
-    }
-    let content = match message.get("content") {
-        None | Some(Value::Null) => String::new(),
-        Some(Value::String(text)) => text.clone(),
-        Some(Value::Array(parts)) => {
-            let texts: Vec<&str> = parts
-                .iter()
-                .enumerate()
-                .map(|(p, part)| {
-                    text_part(part).ok_or_else(|| {
-                        let why = "must be {\"type\": \"text\", \"text\": ...}: only text goes in";
-                        Invalid::unsupported(format!("messages[{i}].content[{p}]"), why)
-                    })
-                })
-                .collect::<Result<_, _>>()?;
-            texts.join("\n")
-        }
-        Some(_) => {
-            return Err(Invalid::new(
-                field("content"),
-                "must be a string or a list of text parts",
-            ));
-        }
-    };
-    message.insert("content".to_owned(), Value::String(content));
-    Ok(Value::Object(message))
-}
-
-fn text_part(part: &Value) -> Option<&str> {
-    let part: &Map<String, Value> = part.as_object()?;
-    (part.get("type")?.as_str()? == "text").then(|| part.get("text")?.as_str())?
-}
-
-async fn whole(shape: &Shape, reply: Reply) -> Result<Response, Problem> {
+async fn whole(shape: &Shape, reply: Reply, gathered: &Gathered) -> Result<Response, Problem> {
     let text = std::sync::Arc::clone(&reply.text);
     let naming = Naming {
         tokenizer: &text.tokenizer,
         by_id: shape.ids_as_names,
     };
     let prompt = std::sync::Arc::clone(&reply.prompt);
-    let (scores, answers, usage) = reply.collect().await?;
+    let (scores, answers, usage) = reply.collect(gathered).await?;
     let choices = answers.into_iter().enumerate().map(|(index, answer)| {
         let (finish_reason, stop_reason) = ended(&answer.end);
         let (content, tool_calls) = shape.spoken(answer.text);
@@ -498,60 +182,6 @@ fn after_calls(finish_reason: &'static str, n_calls: usize) -> &'static str {
         "tool_calls"
     } else {
         finish_reason
-    }
-}
-
-/// What a piece of text becomes.
-fn deltas(calls: Option<&mut Calls>, text: String) -> Vec<Delta> {
-    match calls {
-        None if text.is_empty() => Vec::new(),
-        None => vec![Delta::text(text)],
-        Some(calls) => {
-            let n_calls = calls.n_calls();
-            as_deltas(n_calls, calls.push(&text))
-        }
-    }
-}
-
-/// `n_calls` came before.
-fn as_deltas(mut n_calls: usize, heard: Vec<Heard>) -> Vec<Delta> {
-    let delta = |what| {
-        let mut call = match what {
-            Heard::Text(text) => return Delta::text(text),
-            Heard::Call(name) => {
-                n_calls += 1;
-                ToolCall::begun(name)
-            }
-            Heard::Arguments(more) => ToolCall::more(more),
-        };
-        call.index = n_calls.checked_sub(1);
-        Delta {
-            tool_calls: Some([call]),
-            ..Delta::default()
-        }
-    };
-    heard.into_iter().map(delta).collect()
-}
-
-impl Delta {
-    fn text(text: String) -> Self {
-        Self {
-            content: Some(text),
-            ..Self::default()
-        }
-    }
-}
-
-impl ChunkChoice {
-    fn of(index: u32, delta: Delta) -> Self {
-        Self {
-            index,
-            delta,
-            logprobs: None,
-            finish_reason: None,
-            stop_reason: None,
-            token_ids: None,
-        }
     }
 }
 
@@ -663,35 +293,5 @@ impl Shape {
                 });
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::openai::known::assert_reads;
-
-    #[test]
-    fn a_choice_of_tools_has_its_forms() {
-        let read = |choice: Value| {
-            let body = serde_json::json!({"tool_choice": choice}).to_string();
-            tool_choice(&mut Fields::parse(Page::Chat, body.as_bytes()).expect("an object"))
-        };
-        let named = serde_json::json!({"type": "function", "function": {"name": "f"}});
-        assert_eq!(read(named), Ok(Some(ToolChoice::Named("f".into()))));
-        assert_eq!(read("required".into()), Ok(Some(ToolChoice::Required)));
-        assert_eq!(read(Value::Null), Ok(None));
-        for bad in ["some".into(), 1.into(), serde_json::json!({"type": "function"})] {
-            assert_eq!(read(bad).expect_err("no choice").field, "tool_choice");
-        }
-    }
-
-    #[test]
-    fn what_is_served_is_read() {
-        let body =
-            br#"{"messages": [{"role": "user", "content": "q"}], "stream": true, "stream_options": {}}"#;
-        let mut fields = Fields::parse(Page::Chat, body).expect("an object");
-        Parsed::read(&mut fields).expect("sound");
-        assert_reads(Page::Chat, &fields.asked_for);
     }
 }

@@ -16,6 +16,7 @@ use tonic::Code;
 
 use super::{
     Api, Asked,
+    echo::Echo,
     error::Problem,
     fields::{Fields, ids},
     known::Page,
@@ -26,10 +27,9 @@ use super::{
 };
 use crate::{
     ask::Score,
-    generate::{Answer, Fault, Input, Invalid, Piece, Prepared, Reply, Request, Unasked, Usage},
+    generate::{Answer, Fault, Gathered, Input, Invalid, Piece, Prepared, Reply, Request, Unasked, Usage},
     metrics::Call,
     models::ModelText,
-    text::{StopSet, Transcript, Wording},
 };
 
 /// What OpenAI's interface gives where no length is asked for.
@@ -81,30 +81,21 @@ struct Choice {
     token_ids: Option<Vec<u32>>,
 }
 
-/// A prompt as an echo shows it; empty without one.
-struct Shown {
-    text: String,
-    /// Of each token, in characters.
-    offsets: Vec<u32>,
-    /// Of all of it.
-    chars: u32,
-}
-
 /// A prompt on its way.
 struct One {
     index: u32,
     prepared: Prepared,
-    /// The prompt's own text, if it was one.
+    /// The prompt's own text, if it was one and is echoed.
     text: Option<String>,
 }
 
 /// Answers prompts. The call is taken where the response goes on after this returns.
 pub(super) async fn completions(
     api: &Api,
-    asked: Asked,
+    mut asked: Asked,
     call: &mut Option<Call>,
 ) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(Page::Completions, &asked.body)?;
+    let mut fields = Fields::parse(Page::Completions, &asked.take_body())?;
     let Parsed {
         common,
         top,
@@ -124,10 +115,9 @@ pub(super) async fn completions(
     let prompt_top = for_echo.max(common.prompt_logprobs);
     let mut ones = Vec::with_capacity(prompts.len());
     for (index, input) in (0..).zip(prompts) {
-        let text = if let Input::Text { text, .. } = &input {
-            Some(text.clone())
-        } else {
-            None
+        let text = match &input {
+            Input::Text { text, .. } if echo => Some(text.clone()),
+            _ => None,
         };
         let request = Request {
             deadline: asked.deadline,
@@ -239,9 +229,10 @@ fn best_of(fields: &mut Fields, n: u32) -> Result<(), Invalid> {
 }
 
 async fn whole(api: &Api, shape: &Shape, ones: Vec<One>) -> Result<Response, Problem> {
+    let gathered = api.door.gather();
     let done = match <[One; 1]>::try_from(ones) {
-        Ok([one]) => vec![answered(api, shape, one).await?],
-        Err(ones) => all_answered(api, shape, ones).await?,
+        Ok([one]) => vec![answered(api, shape, one, &gathered).await?],
+        Err(ones) => all_answered(api, shape, ones, &gathered).await?,
     };
     let (choices, usages): (Vec<_>, Vec<_>) = done.into_iter().unzip();
     let usage = Some(Some(UsageBody::new(usages)));
@@ -249,23 +240,33 @@ async fn whole(api: &Api, shape: &Shape, ones: Vec<One>) -> Result<Response, Pro
 }
 
 /// The answers in order. One prompt that fails drops, and so cancels, all others at once.
-async fn all_answered(api: &Api, shape: &Shape, ones: Vec<One>) -> Result<Vec<(Vec<Choice>, Usage)>, Fault> {
+async fn all_answered(
+    api: &Api,
+    shape: &Shape,
+    ones: Vec<One>,
+    gathered: &Gathered,
+) -> Result<Vec<(Vec<Choice>, Usage)>, Fault> {
     let answers = stream::iter(ones)
-        .map(|one| answered(api, shape, one))
+        .map(|one| answered(api, shape, one, gathered))
         .buffer_unordered(AT_ONCE);
     let mut done: Vec<(Vec<Choice>, Usage)> = answers.try_collect().await?;
     done.sort_by_key(|(choices, _)| choices.first().map(|choice| choice.index));
     Ok(done)
 }
 
-async fn answered(api: &Api, shape: &Shape, one: One) -> Result<(Vec<Choice>, Usage), Fault> {
+async fn answered(
+    api: &Api,
+    shape: &Shape,
+    one: One,
+    gathered: &Gathered,
+) -> Result<(Vec<Choice>, Usage), Fault> {
     let One {
         index,
         prepared,
         text,
     } = one;
     let (model, prompt) = (Arc::clone(&prepared.text), Arc::clone(prepared.prompt()));
-    let (scores, answers, usage) = api.door.start(prepared).await?.collect().await?;
+    let (scores, answers, usage) = api.door.start(prepared).await?.collect(gathered).await?;
     let shown = shape.shown(&model, &prompt, text.as_deref());
     let choices = (index * shape.n..).zip(answers);
     let choices =
@@ -283,7 +284,7 @@ struct Said {
 /// What is needed of a running prompt to write its pieces.
 struct Running {
     index: u32,
-    shown: Shown,
+    shown: Echo,
     model: Arc<ModelText>,
     prompt: Arc<[u32]>,
 }
@@ -406,33 +407,12 @@ impl Shape {
     }
 
     /// The prompt as an echo shows it; empty without one.
-    fn shown(&self, model: &ModelText, prompt: &[u32], text: Option<&str>) -> Shown {
-        if !self.echo {
-            return Shown {
-                text: String::new(),
-                offsets: Vec::new(),
-                chars: 0,
-            };
+    fn shown(&self, model: &ModelText, prompt: &[u32], text: Option<&str>) -> Echo {
+        if self.echo {
+            Echo::of(model, prompt, text, self.skip_special)
+        } else {
+            Echo::default()
         }
-        let wording = Wording {
-            skip_special: self.skip_special,
-            shown: None,
-            include_stop: false,
-            min_tokens: 0,
-            stops: StopSet::new(Vec::new()),
-        };
-        let mut transcript = Transcript::new(Arc::clone(&model.tokenizer), Arc::new(wording));
-        let mut unused = String::new();
-        let offsets = prompt
-            .iter()
-            .map(|&token| transcript.push(token, &mut unused).offset)
-            .collect();
-        let text = match text {
-            Some(text) => text.to_owned(),
-            None => String::from_utf8_lossy(&model.tokenizer.decode(prompt, self.skip_special)).into_owned(),
-        };
-        let chars = text.chars().count() as u32;
-        Shown { text, offsets, chars }
     }
 
     fn choice(
@@ -440,7 +420,7 @@ impl Shape {
         index: u32,
         model: &ModelText,
         prompt: &[u32],
-        shown: &Shown,
+        shown: &Echo,
         scores: &[Score],
         answer: Answer,
     ) -> Choice {

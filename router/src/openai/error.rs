@@ -10,7 +10,7 @@ use tonic::Code;
 
 use crate::{
     ask::Refusal,
-    generate::{Fault, Invalid},
+    generate::{BAD_VALUE, Fault, Invalid, PROMPT_TOO_LONG, UNSUPPORTED},
     http::{BodyError, Stalled},
 };
 
@@ -62,7 +62,7 @@ impl Problem {
     pub(crate) fn body(&self) -> Value {
         let status = self.status();
         let (reason, param) = match self {
-            Self::Fault(fault) => (fault.reason().to_ascii_lowercase(), param(fault)),
+            Self::Fault(fault) => (code_of(fault.reason()), param(fault)),
             Self::Body(BodyError::TooLarge(_)) => ("body_too_large".to_owned(), None),
             Self::Body(_) => ("body_incomplete".to_owned(), None),
             Self::NoRoute(_) => ("no_such_path".to_owned(), None),
@@ -91,6 +91,16 @@ impl IntoResponse for Problem {
                 .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
+    }
+}
+
+/// Where OpenAI's interface has a name for a reason, its clients know that one.
+fn code_of(reason: &str) -> String {
+    match reason {
+        PROMPT_TOO_LONG => "context_length_exceeded".to_owned(),
+        BAD_VALUE => "invalid_value".to_owned(),
+        UNSUPPORTED => "unsupported_parameter".to_owned(),
+        other => other.to_ascii_lowercase(),
     }
 }
 

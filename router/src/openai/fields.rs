@@ -154,7 +154,14 @@ impl Fields {
         let mut names = Vec::new();
         for (name, value) in self.left.into_iter().filter(|(_, value)| !value.is_null()) {
             match known(self.page, &name).map(|known| (known.name, known.fate, known.note)) {
-                Some((name, Fate::Refused { harmless }, why)) if !asks_for_nothing(&value, harmless) => {
+                Some((
+                    name,
+                    Fate::Refused {
+                        harmless,
+                        empty_is_nothing,
+                    },
+                    why,
+                )) if !asks_for_nothing(&value, harmless, empty_is_nothing) => {
                     return Err(Invalid::unsupported(name, why));
                 }
                 Some((_, Fate::Refused { .. } | Fate::WithoutEffect, _)) => {}
@@ -167,16 +174,16 @@ impl Fields {
     }
 }
 
-fn asks_for_nothing(value: &Value, harmless: &[&str]) -> bool {
+fn asks_for_nothing(value: &Value, harmless: &[&str], empty_is_nothing: bool) -> bool {
     let empty = match value {
-        Value::Bool(on) => !on,
+        Value::Bool(on) => return !on,
         Value::Array(items) => items.is_empty(),
         Value::Object(entries) => entries.is_empty(),
         Value::String(text) => text.is_empty(),
         _ => false,
     };
     let same = |text: &&str| serde_json::from_str::<Value>(text).is_ok_and(|harmless| harmless == *value);
-    empty || harmless.iter().any(same)
+    (empty && empty_is_nothing) || harmless.iter().any(same)
 }
 
 /// Numbers like 16.0 are integers, as JSON has one kind of number only.
@@ -210,6 +217,8 @@ mod tests {
             (Page::Chat, r#"{"audio": {"voice": "x"}}"#),
             (Page::Chat, r#"{"best_of": 3}"#),
             (Page::Chat, r#"{"echo": true}"#),
+            // What OpenAI's interface takes for a web search as it usually is.
+            (Page::Chat, r#"{"web_search_options": {}}"#),
             (Page::Completions, r#"{"suffix": "s"}"#),
             (Page::Completions, r#"{"length_penalty": 0.5}"#),
         ] {

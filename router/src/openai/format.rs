@@ -135,7 +135,8 @@ fn choices(field: &'static str, value: Option<Value>) -> Result<Option<Grammar>,
         let quoted = |text: &Value| {
             text.as_str()
                 .filter(|text| !text.is_empty())
-                .map(|_| text.to_string())
+                // The notation's texts are JSON's, but for DEL.
+                .map(|_| text.to_string().replace('\u{7f}', "\\u007f"))
         };
         texts.iter().map(quoted).collect()
     });

@@ -25,8 +25,10 @@ pub(super) enum Fate {
     Served,
     /// With 400.
     Refused {
-        /// Values that ask for nothing, beside null, false and empty ones, as JSON.
+        /// Values that ask for nothing, beside null and false, as JSON.
         harmless: &'static [&'static str],
+        /// Empty values ask for nothing either.
+        empty_is_nothing: bool,
     },
     WithoutEffect,
 }
@@ -90,7 +92,25 @@ const fn refused(
     harmless: &'static [&'static str],
     note: &'static str,
 ) -> Known {
-    field(pages, origin, name, Fate::Refused { harmless }, note)
+    let fate = Fate::Refused {
+        harmless,
+        empty_is_nothing: true,
+    };
+    field(pages, origin, name, fate, note)
+}
+
+/// An empty object asks for it too, with what is usual of it.
+const fn refused_if_empty(
+    pages: &'static [Page],
+    origin: Origin,
+    name: &'static str,
+    note: &'static str,
+) -> Known {
+    let fate = Fate::Refused {
+        harmless: &[],
+        empty_is_nothing: false,
+    };
+    field(pages, origin, name, fate, note)
 }
 
 use Origin::{OpenAi, Vllm};
@@ -113,7 +133,11 @@ const KNOWN: &[Known] = &[
         "model",
         "a served name; may be left out where one model is served",
     ),
-    openai(CONVERSATIONS, "messages", "1 to 4096; contents are text"),
+    openai(
+        CONVERSATIONS,
+        "messages",
+        "1 to 4096; contents are text; /tokenize takes them or `prompt`",
+    ),
     openai(
         TEXTS,
         "prompt",
@@ -123,7 +147,7 @@ const KNOWN: &[Known] = &[
     openai(
         BOTH,
         "stream_options",
-        "`include_usage`, and vLLM's `continuous_usage_stats`",
+        "`include_usage`, and vLLM's `continuous_usage_stats`; `include_obfuscation` has no effect",
     ),
     openai(BOTH, "n", "1 to 128; prompts times n at most 4096"),
     openai(
@@ -172,7 +196,7 @@ const KNOWN: &[Known] = &[
     openai(
         BOTH,
         "response_format",
-        "`text`, `json_object`, `json_schema`; and `{\"type\": \"regex\", \"regex\": ...}`, `{\"type\": \"grammar\", \"grammar\": ...}` in Lark's notation",
+        "`text`, `json_object`, `json_schema`, which is followed, `strict` or not; and `{\"type\": \"regex\", \"regex\": ...}`, `{\"type\": \"grammar\", \"grammar\": ...}` in Lark's notation",
     ),
     vllm(
         BOTH,
@@ -222,7 +246,7 @@ const KNOWN: &[Known] = &[
     openai(
         CONVERSATIONS,
         "tools",
-        "functions, at most 128, where the model's chat template reads `tools`; calls are read as Llama 3 writes them",
+        "functions, at most 128, where the model's chat template reads `tools`; calls are read as Llama 3 writes them; `strict` or not, calls follow the parameters' schemas where `tool_choice` asks for one",
     ),
     openai(
         CHAT,
@@ -250,7 +274,11 @@ const KNOWN: &[Known] = &[
         "chat_template_kwargs",
         "further variables of the template",
     ),
-    vllm(TOKENS, "return_token_strs", "the tokens' texts too"),
+    vllm(
+        TOKENS,
+        "return_token_strs",
+        "the tokens as the vocabulary writes them, too",
+    ),
     vllm(BACK, "tokens", "token ids"),
     refused(CHAT, OpenAi, "functions", &[], "superseded by `tools`"),
     refused(
@@ -285,7 +313,7 @@ const KNOWN: &[Known] = &[
     refused(CHAT, OpenAi, "audio", &[], TEXT_ONLY),
     refused(CHAT, OpenAi, "modalities", &["[\"text\"]"], TEXT_ONLY),
     refused(CHAT, OpenAi, "moderation", &[], "there is no moderation"),
-    refused(CHAT, OpenAi, "web_search_options", &[], "there is no web search"),
+    refused_if_empty(CHAT, OpenAi, "web_search_options", "there is no web search"),
     refused(BOTH, Vllm, "mm_processor_kwargs", &[], TEXT_ONLY),
     refused(TEXT, Vllm, "prompt_embeds", &[], "prompts are text or token ids"),
     refused(
@@ -447,8 +475,12 @@ template in use, in vLLM's shape; `?model=` picks one of several models.
                 let fate = match fate {
                     Fate::Served => "served".to_owned(),
                     Fate::WithoutEffect => "no effect".to_owned(),
-                    Fate::Refused { harmless: [] } => "refused".to_owned(),
-                    Fate::Refused { harmless } => format!("refused, but for `{}`", harmless[0]),
+                    Fate::Refused {
+                        empty_is_nothing: false,
+                        ..
+                    } => "refused, if empty too".to_owned(),
+                    Fate::Refused { harmless: [], .. } => "refused".to_owned(),
+                    Fate::Refused { harmless, .. } => format!("refused, but for `{}`", harmless[0]),
                 };
                 text += &format!("| `{name}` | {origin} | {fate} | {note} |\n");
             }
@@ -481,7 +513,7 @@ template in use, in vLLM's shape; `?model=` picks one of several models.
             assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len(), "{path}");
         }
         for known in KNOWN {
-            if let Fate::Refused { harmless } = known.fate {
+            if let Fate::Refused { harmless, .. } = known.fate {
                 for text in harmless {
                     serde_json::from_str::<serde_json::Value>(text).expect(known.name);
                 }

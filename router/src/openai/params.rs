@@ -1,5 +1,7 @@
 //! The fields that conversations and plain completions share.
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use super::{fields::Fields, format, render::UsageAsked};
@@ -21,7 +23,7 @@ pub(super) struct Common {
     pub skip_special: bool,
     pub cache_salt: String,
     pub prompt_logprobs: Option<u32>,
-    pub grammar: Option<Grammar>,
+    pub grammar: Option<Arc<Grammar>>,
     /// The answer may have calls in it.
     pub marks_calls: bool,
     /// Name tokens by id in log-probabilities.
@@ -43,7 +45,7 @@ impl Common {
             skip_special: fields.bool("skip_special_tokens")?.unwrap_or(true),
             cache_salt: fields.string("cache_salt")?.unwrap_or_default(),
             prompt_logprobs: fields.count("prompt_logprobs")?,
-            grammar: format::grammar(fields)?,
+            grammar: format::grammar(fields)?.map(Arc::new),
             marks_calls: false,
             ids_as_names: fields.bool("return_tokens_as_token_ids")?.unwrap_or(false),
             token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
@@ -141,9 +143,26 @@ fn stop(fields: &mut Fields, unasked: Unasked) -> Result<Stop, Invalid> {
         max_tokens: fields.count("max_completion_tokens")?.or(max_tokens),
         unasked,
         min_tokens: fields.count("min_tokens")?.unwrap_or(0),
-        strings: fields.strings("stop")?.unwrap_or_default(),
+        strings: Stop::compile(fields.strings("stop")?.unwrap_or_default())?,
         token_ids: fields.ids("stop_token_ids")?.unwrap_or_default(),
         ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
         include: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openai::known::Page;
+
+    #[test]
+    fn prompts_of_a_request_share_what_may_be_large() {
+        let body = br#"{"stop": ["a", "b"], "guided_regex": "x+"}"#;
+        let mut fields = Fields::parse(Page::Completions, body).expect("an object");
+        let common = Common::read(&mut fields, Unasked::ContextEnd).expect("sound");
+        let [one, other] = [1, 2].map(|id| common.request(Input::Tokens(vec![id]), None, None));
+        assert!(Arc::ptr_eq(&one.stop.strings, &other.stop.strings));
+        let grammars = one.grammar.zip(other.grammar).expect("both have it");
+        assert!(Arc::ptr_eq(&grammars.0, &grammars.1));
+    }
 }

@@ -19,16 +19,18 @@ pub(super) struct Head {
 
 impl Head {
     pub(super) fn new(prefix: &str, request_id: &str, model: &str) -> Self {
-        // A clock before 1970 is no reason not to answer.
-        let created = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
         Self {
             id: format!("{prefix}-{request_id}"),
-            created,
+            created: unix_seconds(),
             model: model.to_owned(),
         }
     }
+}
+
+/// Now. A clock before 1970 is no reason not to answer.
+pub(super) fn unix_seconds() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]

@@ -10,13 +10,13 @@ use serde_json::Value;
 
 use super::{
     Api, Asked,
-    chat::{conversation, tools},
+    conversation::{conversation, tools},
     error::Problem,
     fields::Fields,
     known::Page,
 };
 use crate::{
-    generate::{Fault, Input, Invalid},
+    generate::{Fault, Input, Invalid, check_ids},
     metrics::Call,
     models,
 };
@@ -46,10 +46,14 @@ struct ToTokenize {
 
 impl ToTokenize {
     fn read(fields: &mut Fields) -> Result<Self, Invalid> {
+        let prompt = fields.string("prompt")?;
+        if prompt.is_some() && fields.take("messages").is_some() {
+            return Err(Invalid::new("messages", "can't be given beside prompt"));
+        }
         Ok(Self {
             model: fields.string("model")?.unwrap_or_default(),
             with_texts: fields.bool("return_token_strs")?.unwrap_or(false),
-            input: match fields.string("prompt")? {
+            input: match prompt {
                 Some(text) => Input::Text {
                     text,
                     add_special: fields.bool("add_special_tokens")?.unwrap_or(true),
@@ -84,8 +88,12 @@ impl ToDetokenize {
     }
 }
 
-pub(super) async fn tokenize(api: &Api, asked: Asked, call: &mut Option<Call>) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(Page::Tokenize, &asked.body)?;
+pub(super) async fn tokenize(
+    api: &Api,
+    mut asked: Asked,
+    call: &mut Option<Call>,
+) -> Result<Response, Problem> {
+    let mut fields = Fields::parse(Page::Tokenize, &asked.take_body())?;
     let ToTokenize {
         model,
         with_texts,
@@ -98,9 +106,10 @@ pub(super) async fn tokenize(api: &Api, asked: Asked, call: &mut Option<Call>) -
     }
     let text = api.door.text(&entry).await?;
     let tokens = api.door.tokens(&entry, &text, input).await?;
+    // As the vocabulary has them: their texts would not be told apart where they are parts of characters.
     let strings = tokens
         .iter()
-        .map(|&id| String::from_utf8_lossy(text.tokenizer.token_bytes(id)).into_owned());
+        .map(|&id| text.tokenizer.name(id).unwrap_or_default());
     let token_strs = with_texts.then(|| strings.collect());
     let body = Tokens {
         count: tokens.len(),
@@ -113,10 +122,10 @@ pub(super) async fn tokenize(api: &Api, asked: Asked, call: &mut Option<Call>) -
 
 pub(super) async fn detokenize(
     api: &Api,
-    asked: Asked,
+    mut asked: Asked,
     call: &mut Option<Call>,
 ) -> Result<Response, Problem> {
-    let mut fields = Fields::parse(Page::Detokenize, &asked.body)?;
+    let mut fields = Fields::parse(Page::Detokenize, &asked.take_body())?;
     let ToDetokenize {
         model,
         tokens,
@@ -128,6 +137,7 @@ pub(super) async fn detokenize(
         call.model(&entry.name);
     }
     let text = api.door.text(&entry).await?;
+    check_ids("tokens", &tokens, entry.vocab_size)?;
     let bytes = text.tokenizer.decode(&tokens, skip_special);
     let body = Prompt {
         prompt: String::from_utf8_lossy(&bytes).into_owned(),

@@ -299,6 +299,7 @@ mod tests {
             logprobs: Some(0),
             prompt_logprobs: None,
             prompt_logprobs_from: 1,
+            text_bytes: 0,
             cache_salt: 0,
             share: Default::default(),
             deadline: None,

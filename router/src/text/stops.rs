@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 const ROOT: u32 = 0;
 
 /// A prefix of some stop string.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 struct Node {
     /// Sorted by byte.
     next: Vec<(u8, u32)>,
@@ -21,8 +21,8 @@ struct Node {
     ends: Option<u32>,
 }
 
-/// The stop strings of one request, shared by its candidates.
-#[derive(Clone, Debug)]
+/// The stop strings of one request, shared by its prompts and candidates.
+#[derive(Clone, Debug, PartialEq)]
 pub struct StopSet {
     nodes: Vec<Node>,
     strings: Vec<String>,
@@ -51,6 +51,13 @@ impl StopSet {
     /// No string can match.
     pub fn is_empty(&self) -> bool {
         self.nodes.len() == 1
+    }
+
+    /// About what it takes in memory.
+    pub fn bytes(&self) -> usize {
+        let edges: usize = self.nodes.iter().map(|node| node.next.capacity()).sum();
+        let strings: usize = self.strings.iter().map(String::capacity).sum();
+        self.nodes.capacity() * size_of::<Node>() + edges * size_of::<(u8, u32)>() + strings
     }
 
     /// The strings in the request's order.
@@ -140,12 +147,29 @@ impl StopCursor {
                 return Some(which);
             }
         }
-        // A stop string never starts inside a code point, so neither does the withheld end of the text.
+        self.hold(set, text, out);
+        None
+    }
+
+    /// Withholds of what was read that which may be the beginning of a stop string. None starts inside a code point, so
+    /// neither does the withheld end of the text.
+    fn hold(&mut self, set: &StopSet, text: &str, out: &mut String) {
         self.held.push_str(text);
         let free = self.held.len() - set.nodes[self.at as usize].depth as usize;
         out.push_str(&self.held[..free]);
         self.held.drain(..free);
-        None
+    }
+
+    /// Reads `text` in which no match counts; one that begins in it and ends behind it does.
+    pub fn pass(&mut self, set: &StopSet, text: &str, out: &mut String) {
+        for byte in text.bytes() {
+            self.at = set.step(self.at, byte);
+            // A whole stop string that no longer one goes on from is the beginning of nothing.
+            while self.at != ROOT && set.nodes[self.at as usize].next.is_empty() {
+                self.at = set.nodes[self.at as usize].fail;
+            }
+        }
+        self.hold(set, text, out);
     }
 
     /// The text ended without a match: what was withheld is shown after all.

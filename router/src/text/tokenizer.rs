@@ -221,6 +221,11 @@ impl Tokenizer {
         &self.bytes[start as usize..end as usize]
     }
 
+    /// What the vocabulary calls `id`, as a byte-level one writes a space `Ġ`; nothing outside of it.
+    pub fn name(&self, id: u32) -> Option<String> {
+        self.library.id_to_token(id)
+    }
+
     /// A control token, which is not part of the text.
     pub fn is_special(&self, id: u32) -> bool {
         self.special.get(id as usize).copied().unwrap_or(false)

@@ -16,10 +16,10 @@ pub struct Wording {
     pub shown: Option<u32>,
     /// Show the stop string or stop token that was asked for.
     pub include_stop: bool,
-    /// Stop strings are looked for in the text after so many tokens.
+    /// A stop string counts that is complete after more tokens than these.
     pub min_tokens: u32,
     /// What ends a candidate.
-    pub stops: StopSet,
+    pub stops: Arc<StopSet>,
 }
 
 /// What one token added.
@@ -118,7 +118,7 @@ impl Transcript {
     fn show(&mut self, watched: bool, out: &mut String) -> Option<usize> {
         self.chars += self.scratch.chars().count() as u32;
         if !watched {
-            out.push_str(&self.scratch);
+            self.cursor.pass(&self.wording.stops, &self.scratch, out);
             return None;
         }
         self.cursor

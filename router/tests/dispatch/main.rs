@@ -223,6 +223,7 @@ fn ask(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Ask {
         logprobs: None,
         prompt_logprobs: None,
         prompt_logprobs_from: 1,
+        text_bytes: 0,
         cache_salt: 0,
         share: Share::default(),
         deadline: None,

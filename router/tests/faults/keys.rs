@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use sha2::{Digest, Sha256};
 use swallow_router::keys::ApiKeys;
-use tonic::Code;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
 
 use super::{support::http, *};
 
@@ -49,6 +50,15 @@ fn with_key<T>(key: &str, message: T) -> tonic::Request<T> {
     request
 }
 
+/// For programs.
+fn reason(status: &Status) -> String {
+    let details = status.get_error_details();
+    details
+        .error_info()
+        .map(|info| info.reason.clone())
+        .unwrap_or_default()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_change_and_no_stream_is_dropped() {
     let file = KeysFile::new(&keys(&[("old", r#", "max_open_requests": 1"#), ("both", "")]));
@@ -59,6 +69,7 @@ async fn keys_change_and_no_stream_is_dropped() {
 
     let status = client.generate(asked("p", 3)).await.expect_err("no key");
     assert_eq!(status.code(), Code::Unauthenticated);
+    assert_eq!(reason(&status), "INVALID_API_KEY");
     let body = r#"{"model": "m", "prompt": "p", "max_tokens": 3}"#;
     let post = |headers: &'static str| async move {
         http::receive(http::send(house.http, "POST", "/v1/completions", headers, body).await).await
@@ -92,6 +103,9 @@ async fn keys_change_and_no_stream_is_dropped() {
         .await
         .expect_err("one is open");
     assert_eq!(status.code(), Code::ResourceExhausted);
+    assert_eq!(reason(&status), "TOO_MANY_OPEN_REQUESTS");
+    assert!(status.get_error_details().retry_info().is_some());
+    assert!(status.metadata().contains_key("grpc-retry-pushback-ms"));
 
     let mut seen = Vec::new();
     file.put("{");

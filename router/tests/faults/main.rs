@@ -1,6 +1,8 @@
 //! The whole router, over real sockets at both ends: clients that leave, lie, flood, crawl and hang, and a machine that
 //! runs out of what it has.
 
+mod ages;
+mod audit;
 mod clients;
 mod clocks;
 mod floods;

@@ -33,9 +33,11 @@ pub struct TextFiles {
 }
 
 const NEEDED: [&str; 2] = ["config.json", "tokenizer.json"];
+/// Counts before a template in tokenizer_config.json.
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
 const OPTIONAL: [&str; 4] = [
     "tokenizer_config.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "generation_config.json",
     "special_tokens_map.json",
 ];
@@ -84,6 +86,12 @@ impl TextFiles {
         self.files
             .extend(files.into_iter().map(|(name, bytes)| text_file(name, bytes)));
         self
+    }
+
+    /// These with another chat template.
+    pub(crate) fn with_chat_template(mut self, template: &str) -> TextFiles {
+        self.files.retain(|file| file.name != CHAT_TEMPLATE);
+        self.with([(CHAT_TEMPLATE, template.as_bytes().to_vec())])
     }
 
     /// All that are present.
@@ -138,5 +146,32 @@ fn text_file(name: &'static str, bytes: Vec<u8>) -> TextFile {
         name,
         digest,
         bytes: bytes.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chat_template_that_is_given_counts_before_the_folder_s() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+        // The one has its template in a file of its own, the other in tokenizer_config.json.
+        for model in ["odd", "tiny"] {
+            let own = TextFiles::read(&fixtures.join(model)).expect("a model");
+            let given = own.clone().with_chat_template("{{ messages }}");
+            let templates = given.files().iter().filter(|file| file.name == CHAT_TEMPLATE);
+            let templates: Vec<&[u8]> = templates.map(|file| &*file.bytes).collect();
+            assert_eq!(templates, [b"{{ messages }}"], "{model}");
+            let file = given.get(CHAT_TEMPLATE).expect("it is there");
+            assert_eq!(
+                given.by_digest(&file.digest).map(|file| &file.bytes),
+                Some(&file.bytes)
+            );
+            assert_eq!(
+                given.get("tokenizer.json").map(|file| &file.digest),
+                own.get("tokenizer.json").map(|file| &file.digest)
+            );
+        }
     }
 }

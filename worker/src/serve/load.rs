@@ -31,6 +31,10 @@ use crate::{
 pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, ServeError> {
     let ranks = to_usize(config.tensor_parallel);
     let (weights, text) = open(config, ranks)?;
+    let text = match &config.chat_template {
+        Some(template) => text.with_chat_template(template),
+        None => text,
+    };
     let model = weights.config().clone();
     let generation = GenerationConfig::read(&text)?;
     if !generation.unused.is_empty() {

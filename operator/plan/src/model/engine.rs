@@ -104,6 +104,12 @@ pub struct Engine {
     /// generationDefaults says where sampling values come from that a request leaves out: Auto takes the
     /// model's generation_config.json, Neutral takes temperature 1 with nothing filtered. Defaults to Auto.
     pub generation_defaults: EngineGenerationDefaults,
+    /// chatTemplate is the text of a chat template in Jinja that is used instead of the model's own, at most 30000
+    /// characters: to let a model call functions whose own template does not show them, for example.
+    /// Defaults to the model's own: its chat_template.jinja, or what its tokenizer_config.json has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 30000))]
+    pub chat_template: Option<String>,
     /// kvCache says how much memory holds keys and values of running requests and cached prefixes.
     pub kv_cache: KvCache,
     /// image is the worker's container image, with a tag or a digest. Defaults to the image that the
@@ -125,6 +131,7 @@ impl Default for Engine {
             inter_token_latency_target_ms: 50,
             prefix_cache: EnginePrefixCache::default(),
             generation_defaults: EngineGenerationDefaults::default(),
+            chat_template: None,
             kv_cache: KvCache::default(),
             image: None,
         }

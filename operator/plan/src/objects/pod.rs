@@ -174,7 +174,7 @@ fn pod_spec(valid: &Valid, group: &GroupLaunch) -> PodSpec {
             name: "worker".into(),
             image: Some(image.clone()),
             command: Some(vec!["swallow-worker".into()]),
-            args: Some(group.args().argv()),
+            args: Some(group.args().argv().iter().map(|arg| literal(arg)).collect()),
             ports: Some(vec![
                 container_port("grpc", WORKER_GRPC_PORT),
                 container_port("http", WORKER_HTTP_PORT),
@@ -189,6 +189,11 @@ fn pod_spec(valid: &Valid, group: &GroupLaunch) -> PodSpec {
         volumes: Some(volumes),
         ..PodSpec::default()
     }
+}
+
+/// An argument as it is: Kubernetes would put the value of a variable for `$(NAME)`, and one dollar for two.
+fn literal(arg: &str) -> String {
+    arg.replace('$', "$$")
 }
 
 /// The model's files: volumes, the worker's mounts, and the container that fetches them, if one has to.

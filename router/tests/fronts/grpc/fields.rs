@@ -228,8 +228,12 @@ async fn conversations_and_streams() {
         prompt: true,
         ..Default::default()
     };
-    let args = [("messages".to_owned(), prost_types::Value::default())];
-    let args = prost_types::Struct { fields: args.into() };
+    let args = |name: &str| {
+        let fields = [(name.to_owned(), prost_types::Value::default())];
+        Some(prost_types::Struct {
+            fields: fields.into(),
+        })
+    };
     for (request, name) in [
         (
             wire::ChatRequest {
@@ -247,7 +251,14 @@ async fn conversations_and_streams() {
         ),
         (
             wire::ChatRequest {
-                template_args: Some(args),
+                template_args: args("messages"),
+                ..request.clone()
+            },
+            "template_args",
+        ),
+        (
+            wire::ChatRequest {
+                template_args: args("tools"),
                 ..request.clone()
             },
             "template_args",

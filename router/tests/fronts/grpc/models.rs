@@ -124,6 +124,24 @@ async fn reached(health: &mut HealthClient<Channel>, service: &str, status: Serv
 }
 
 #[tokio::test]
+async fn ids_outside_of_the_vocabulary_are_no_text() {
+    let router = start(|ask| says(ask, "ok")).await;
+    let mut client = TokenizationServiceClient::new(channel(&router).await);
+    let request = wire::DetokenizeRequest {
+        model: "tiny".into(),
+        tokens: Some(wire::TokenIds {
+            ids: vec![1, 1 << 20],
+        }),
+        ..Default::default()
+    };
+    let status = client.detokenize(request).await.expect_err("no such token");
+    assert_eq!(
+        super::fields::refused(&status),
+        (Code::InvalidArgument, "tokens".to_owned())
+    );
+}
+
+#[tokio::test]
 async fn health_is_told_by_service_and_by_model() {
     let router = start(|ask| says(ask, "ok")).await;
     let mut health = HealthClient::new(channel(&router).await);

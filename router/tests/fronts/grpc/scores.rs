@@ -41,7 +41,7 @@ async fn scores_are_of_continuations_and_bound_to_a_context() {
         continuations: continuations(&[" cat", " x", "日"]),
         ..Default::default()
     };
-    let answer = client.score(request.clone()).await.expect("sound").into_inner();
+    let answer = client.score(request).await.expect("sound").into_inner();
     let told: Vec<_> = answer
         .scores
         .iter()
@@ -66,7 +66,19 @@ async fn scores_are_of_continuations_and_bound_to_a_context() {
         ),
         (8 + 6 + 7, 6, 0)
     );
+}
 
+#[tokio::test]
+async fn what_is_wrong_with_a_score_is_named_where_it_is() {
+    use wire::score_request::Context;
+    let router = start(|ask| says(ask, "ok")).await;
+    let mut client = GenerationServiceClient::new(channel(&router).await);
+    let request = wire::ScoreRequest {
+        model: "tiny".into(),
+        context: Some(Context::Text("The".into())),
+        continuations: continuations(&[" cat"]),
+        ..Default::default()
+    };
     for (request, name) in [
         (
             wire::ScoreRequest {
@@ -95,6 +107,33 @@ async fn scores_are_of_continuations_and_bound_to_a_context() {
                 ..request.clone()
             },
             "context",
+        ),
+        (
+            wire::ScoreRequest {
+                continuations: continuations(&["a", &"b".repeat(CONTEXT as usize)]),
+                ..request.clone()
+            },
+            "continuations[1]",
+        ),
+        (
+            wire::ScoreRequest {
+                context: Some(Context::TokenIds(wire::TokenIds {
+                    ids: vec![1, 1 << 20],
+                })),
+                ..request.clone()
+            },
+            "context",
+        ),
+        (
+            wire::ScoreRequest {
+                continuations: vec![wire::score_request::Continuation {
+                    content: Some(wire::score_request::continuation::Content::TokenIds(
+                        wire::TokenIds { ids: vec![1 << 20] },
+                    )),
+                }],
+                ..request.clone()
+            },
+            "continuations[0]",
         ),
         (
             wire::ScoreRequest {

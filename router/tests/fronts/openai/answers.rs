@@ -207,6 +207,17 @@ async fn an_evaluation_gets_every_position_with_the_same_number_twice() {
             .collect();
         assert_eq!(&joined, lists[1]);
     }
+    // A control token that is written in a text has its place there; what is put around a text has none.
+    for (prompt, expected) in [
+        (json!("日<|eot_id|>b"), json!([0, 0, 0, 0, 1, 11])),
+        (json!("<|eot_id|>b"), json!([0, 0, 10])),
+        (json!("<|begin_of_text|>b"), json!([0, 17])),
+        (json!([EOT, 98]), json!([0, 0])),
+    ] {
+        let scored = json!({"model": "tiny", "prompt": prompt, "echo": true, "max_tokens": 0, "logprobs": 0});
+        let choice = &post(router.http, TEXT, &scored).await.json()["choices"][0];
+        assert_eq!(choice["logprobs"]["text_offset"], expected, "{choice}");
+    }
     let echo = json!({"model": "tiny", "prompt": "日本", "echo": true, "max_tokens": 0});
     let choice = &post(router.http, TEXT, &echo).await.json()["choices"][0];
     assert_eq!(

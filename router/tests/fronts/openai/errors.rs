@@ -41,6 +41,8 @@ async fn what_is_not_served_is_refused_by_name() {
         ("messages[0].role", json!([{"content": "x"}])),
         ("messages", json!([])),
         ("chat_template_kwargs", json!({"messages": 1})),
+        ("chat_template_kwargs", json!({"tools": [1]})),
+        ("web_search_options", json!({})),
         ("chat_template", json!("{{ x }}")),
         ("prompt_logprobs", json!(21)),
     ] {
@@ -57,9 +59,13 @@ async fn what_is_not_served_is_refused_by_name() {
         assert_eq!(error["type"], "invalid_request_error");
     }
     assert!(router.seen.asks().is_empty());
+    let many = json!({"model": "tiny", "messages": user("q"), "logprobs": true, "top_logprobs": 21});
+    let error = post(router.http, CHAT, &many).await.json();
+    assert_eq!(error["error"]["param"], "top_logprobs", "{error}");
+    assert_eq!(error["error"]["code"], "invalid_value", "{error}");
     let huge = json!({"model": "tiny", "prompt": "a".repeat(CONTEXT as usize)});
     let error = post(router.http, TEXT, &huge).await.json();
-    assert_eq!(error["error"]["code"], "prompt_too_long", "{error}");
+    assert_eq!(error["error"]["code"], "context_length_exceeded", "{error}");
     let sum = json!({"model": "tiny", "prompt": "abc", "max_tokens": CONTEXT});
     let error = post(router.http, TEXT, &sum).await.json();
     assert!(

@@ -14,7 +14,7 @@ async fn tokens_and_text_are_told_as_vllm_tells_them() {
     .await;
     assert_eq!(
         response.json(),
-        json!({"count": 3, "max_model_len": CONTEXT, "token_strs": ["<|begin_of_text|>", "\u{FFFD}", "\u{FFFD}"],
+        json!({"count": 3, "max_model_len": CONTEXT, "token_strs": ["<|begin_of_text|>", "Ã", "©"],
                "tokens": [BOS, 0xC3, 0xA9]})
     );
     let response = post(
@@ -39,6 +39,26 @@ async fn tokens_and_text_are_told_as_vllm_tells_them() {
     )
     .await
     .json();
+    for (page, body, param) in [
+        (
+            "/tokenize",
+            json!({"model": "tiny", "prompt": "p", "messages": user("q")}),
+            "messages",
+        ),
+        (
+            "/detokenize",
+            json!({"model": "tiny", "tokens": [1, 262]}),
+            "tokens",
+        ),
+    ] {
+        let refused = post(router.http, page, &body).await;
+        let told = refused.json();
+        assert_eq!(
+            (refused.status, &told["error"]["param"]),
+            (400, &json!(param)),
+            "{told}"
+        );
+    }
     assert_eq!(
         back["prompt"],
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -61,6 +81,8 @@ async fn models_pages_and_ids() {
         (&model["id"], &model["root"], &model["max_model_len"]),
         (&json!("org/alias"), &json!("tiny"), &json!(CONTEXT))
     );
+    let since = model["created"].as_u64().expect("a time");
+    assert!(since > 1_700_000_000, "served since {since}");
     let missing = get(router.http, "/v1/models/nobody").await;
     assert_eq!(
         (missing.status, &missing.json()["error"]["code"]),
