@@ -110,10 +110,7 @@ impl Setup {
                 BenchDevice::Cuda if !args.lockstep => AHEAD_MAX,
                 BenchDevice::Cuda | BenchDevice::Cpu => 1,
             },
-            record: !args.no_recordings,
-            portable: args.portable_kernels,
-            tuned: true,
-            profile: args.profile,
+            gpu: args.options(),
             random_kv: args.random_kv,
             fault: None,
         };

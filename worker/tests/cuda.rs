@@ -23,7 +23,7 @@ use swallow_worker::{
     checkpoint::LlamaConfig,
     device::{
         AHEAD_MAX,
-        cuda::{GroupId, check_products},
+        cuda::{GroupId, Options, Products, check_products},
     },
     group::{Group, GroupSpec, LoadProgress, Machine},
     model::{Dummy, Weights},
@@ -54,7 +54,11 @@ fn spec(machine: Machine) -> GroupSpec {
             Machine::Cpu => 1,
             Machine::Cuda => AHEAD_MAX,
         },
-        portable: std::env::var_os("SWALLOW_GPU_PORTABLE").is_some(),
+        gpu: Options {
+            portable: std::env::var_os("SWALLOW_GPU_PORTABLE").is_some(),
+            products: Products::First,
+            ..Options::default()
+        },
         ..support::spec(1)
     }
 }
@@ -259,11 +263,9 @@ fn the_cpu_device() {
             .map(|&n| scored(ids(n as u64, n, 2048)))
             .collect();
         let run = |machine| -> Vec<f64> {
-            let tuned = GroupSpec {
-                tuned: true,
-                ..spec(machine)
-            };
-            let group = start(dummy(heads, kv_heads, dim), tuned);
+            let mut fastest = spec(machine);
+            fastest.gpu.products = Products::Measured;
+            let group = start(dummy(heads, kv_heads, dim), fastest);
             let mut engine = Engine::of(group, spec(machine), false);
             engine.run(&requests, 1).iter().flat_map(logprobs).collect()
         };
@@ -432,11 +434,11 @@ fn compare_generated(
 fn recorded_and_launched_steps_are_equal() {
     for (heads, kv_heads, dim) in [(8, 1, 128), (9, 3, 64), (6, 2, 80)] {
         let run = |record| {
-            let spec = GroupSpec {
-                record,
+            let mut spec = GroupSpec {
                 max_running: 40,
                 ..spec(Machine::Cuda)
             };
+            spec.gpu.record = record;
             let group = start(dummy(heads, kv_heads, dim), spec.clone());
             let mut engine = Engine::of(group, spec, false);
             let mut outcomes = Vec::new();

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use super::{BenchError, load::Load};
-use crate::sampling::SamplingParams;
+use crate::{
+    device::cuda::{Options, Products},
+    sampling::SamplingParams,
+};
 
 /// Arguments of `bench`.
 #[derive(Clone, Debug, clap::Args)]
@@ -70,7 +73,8 @@ pub enum Cold {
     None,
     /// With the kernels that this user's cache has.
     Warm,
-    /// Without any compiled kernel, then again with those kernels.
+    /// Without any compiled kernel, then again with those kernels, and on GPUs a third time with the ways to multiply that
+    /// the first has kept.
     Cold,
 }
 
@@ -143,6 +147,12 @@ pub(super) struct Measure {
     /// On a GPU: leave kernels alone that are for one architecture.
     #[arg(long)]
     pub(super) portable_kernels: bool,
+    /// On a GPU: the ways to multiply from this file, which a start has kept.
+    #[arg(long, value_name = "FILE", conflicts_with = "measure_products")]
+    pub(super) product_choices: Option<PathBuf>,
+    /// On a GPU: measure the ways to multiply at this start, and leave alone what earlier ones have kept.
+    #[arg(long)]
+    pub(super) measure_products: bool,
     /// On a GPU: instead of measuring, tell where the time of a step goes, operation by operation. Keys and values are
     /// what the memory holds.
     #[arg(long)]
@@ -180,6 +190,20 @@ impl Measure {
             top_p: self.top_p,
             top_k: self.top_k,
             ..SamplingParams::greedy()
+        }
+    }
+
+    /// How GPUs compute.
+    pub(super) fn options(&self) -> Options {
+        Options {
+            record: !self.no_recordings,
+            portable: self.portable_kernels,
+            products: match &self.product_choices {
+                Some(file) => Products::Pinned(file.clone()),
+                None if self.measure_products => Products::Measured,
+                None => Products::Kept,
+            },
+            profile: self.profile,
         }
     }
 
@@ -239,10 +263,17 @@ impl Measure {
             "device-memory-percent",
             Some(self.device_memory_percent.to_string()),
         );
+        flag(
+            "product-choices",
+            self.product_choices
+                .as_ref()
+                .map(|path| path.display().to_string()),
+        );
         for (name, is_set) in [
             ("lockstep", self.lockstep),
             ("no-recordings", self.no_recordings),
             ("portable-kernels", self.portable_kernels),
+            ("measure-products", self.measure_products),
         ] {
             argv.extend(is_set.then(|| format!("--{name}")));
         }
@@ -291,7 +322,7 @@ mod tests {
     #[test]
     fn a_start_is_measured_with_the_same_group() {
         let words = "bench --shape=llama-3-8b --device=cuda --tensor-parallel=2 --batch=1,8 --context=9 --lockstep \
-                     --max-step-tokens=100 --prefill-tokens=none --device-memory-percent=50";
+                     --max-step-tokens=100 --prefill-tokens=none --device-memory-percent=50 --product-choices=c.txt";
         let words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
         let asked = parse(&words).measure;
         let Some(Other::Startup(child)) = parse(&asked.startup_argv()).other else {

@@ -13,8 +13,8 @@ pub(super) enum Line {
         seconds: f64,
         /// Of that, from the start of the group to the end of its warm-up step.
         group_seconds: f64,
-        /// No compiled kernel was there.
-        cold: bool,
+        /// What earlier starts had left for it.
+        kept: Kept,
     },
     Group {
         model: String,
@@ -82,6 +82,17 @@ pub(super) enum Line {
         /// The longer of what its bytes and its operations need, over its time.
         fraction: f64,
     },
+}
+
+/// What a start finds of earlier ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Kept {
+    Nothing,
+    /// Compiled, where the device has such.
+    Kernels,
+    /// Kernels, and the ways to multiply that are fastest.
+    Choices,
 }
 
 /// What a profiled step is made of.
@@ -239,8 +250,13 @@ impl Line {
     fn cell(&self) -> Option<Cell> {
         match self {
             Self::Group { .. } | Self::Operation { .. } => None,
-            Self::Startup { seconds, cold, .. } => Some(Cell {
-                name: if *cold { "startup, cold" } else { "startup" }.to_owned(),
+            Self::Startup { seconds, kept, .. } => Some(Cell {
+                name: match kept {
+                    Kept::Nothing => "startup, cold",
+                    Kept::Kernels => "startup",
+                    Kept::Choices => "startup, again",
+                }
+                .to_owned(),
                 ms: 1e3 * seconds,
                 floor: None,
                 scaled: None,
@@ -290,7 +306,7 @@ mod tests {
                 Line::Startup {
                     seconds: 2.5,
                     group_seconds: 2.0,
-                    cold: true,
+                    kept: Kept::Nothing,
                 },
                 Line::FirstToken {
                     tokens: 1024,

@@ -13,9 +13,9 @@ use serde::Deserialize;
 
 use super::{
     BenchError, Setup,
-    args::{Cold, Measure},
+    args::{BenchDevice, Cold, Measure},
     drive,
-    report::{Line, Report},
+    report::{Kept, Line, Report},
 };
 use crate::group::{Group, LoadProgress};
 
@@ -29,9 +29,14 @@ struct Started {
     group_seconds: f64,
 }
 
-/// Measures the starts that `args` asks for.
+/// Measures the starts that `args` asks for. The figure of a start with kernels is one that measures how to multiply:
+/// what an earlier start has found out makes no part of it.
 pub(super) fn measure(args: &Measure, report: &mut Report) -> Result<(), BenchError> {
-    let mut start = |cache: Option<&Scratch>, cold| -> Result<(), BenchError> {
+    let measured = Measure {
+        measure_products: args.device == BenchDevice::Cuda && args.product_choices.is_none(),
+        ..args.clone()
+    };
+    let mut start = |args: &Measure, cache: Option<&Scratch>, kept| -> Result<(), BenchError> {
         let Started {
             seconds,
             group_seconds,
@@ -39,17 +44,21 @@ pub(super) fn measure(args: &Measure, report: &mut Report) -> Result<(), BenchEr
         report.add(Line::Startup {
             seconds,
             group_seconds,
-            cold,
+            kept,
         });
         Ok(())
     };
     match args.startup() {
         Cold::None => Ok(()),
-        Cold::Warm => start(None, false),
+        Cold::Warm => start(&measured, None, Kept::Kernels),
         Cold::Cold => {
             let cache = Scratch::new()?;
-            start(Some(&cache), true)?;
-            start(Some(&cache), false)
+            start(args, Some(&cache), Kept::Nothing)?;
+            start(&measured, Some(&cache), Kept::Kernels)?;
+            match measured.measure_products && !args.measure_products {
+                true => start(args, Some(&cache), Kept::Choices),
+                false => Ok(()),
+            }
         }
     }
 }

@@ -112,6 +112,9 @@ pub enum DeviceError {
         /// Of the row in its sequence.
         position: u32,
     },
+    /// The ways to multiply are not those that were asked for.
+    #[error(transparent)]
+    Choices(#[from] cuda::ChoicesError),
     /// A GPU, or a library that drives it, failed. The message names the call or the kernel.
     #[error("{0}")]
     Cuda(String),
@@ -271,7 +274,7 @@ pub trait Device {
         Ok(())
     }
 
-    /// As [`Device::prepare`], for the head.
+    /// As [`Device::prepare`], for the head, which comes last.
     ///
     /// # Errors
     /// If the device fails.

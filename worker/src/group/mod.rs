@@ -26,8 +26,9 @@ use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 use crate::{
     checkpoint::LlamaConfig,
     device::{
-        AHEAD_MAX, DeviceError, HeadOut, HeadUse, Landed, OpTime, StepMeta, StepShape, cpu::Exchange,
-        cuda::GroupId,
+        AHEAD_MAX, DeviceError, HeadOut, HeadUse, Landed, OpTime, StepMeta, StepShape, VocabSplit,
+        cpu::Exchange,
+        cuda::{CudaSpec, GroupId, Options},
     },
     model::{Shard, Slice, Weights},
     sampling::{Sampler, SamplingParams, TokenScore},
@@ -73,19 +74,30 @@ pub struct GroupSpec {
     /// Steps that may be launched before the first of them is finished, 1 or 2. With 2 a device that runs by itself
     /// never waits for the host between steps, and what arrives in a step waits for one more.
     pub steps_ahead: usize,
-    /// On GPUs: decode steps are recorded at start and replayed.
-    pub record: bool,
-    /// On GPUs: kernels that are for one architecture are left alone.
-    pub portable: bool,
-    /// On GPUs: of several ways to multiply, the one that is fastest at start. Without, always the same one, so that two
-    /// starts give the same bits.
-    pub tuned: bool,
-    /// On GPUs: tell where the time of each step goes. Steps are slower, and none is recorded.
-    pub profile: bool,
+    /// How GPUs compute; processors have no choice.
+    pub gpu: Options,
     /// For benchmarks: keys and values are random numbers from the start, as if something had been computed.
     pub random_kv: bool,
     /// Test instrument, on no command line: a rank that misbehaves.
     pub fault: Option<Fault>,
+}
+
+impl GroupSpec {
+    /// A rank's device where ranks are GPUs.
+    fn cuda(&self, config: &LlamaConfig, shard: Shard) -> CudaSpec {
+        CudaSpec {
+            shard,
+            max_running: self.max_running,
+            max_rows: self.max_step_tokens,
+            max_model_len: self.max_model_len,
+            block_tokens: self.block_tokens,
+            hidden: config.hidden_size,
+            heads: shard.heads(config),
+            inner: shard.part(config.intermediate_size).len(),
+            split: VocabSplit::new(config.vocab_size, shard.of),
+            options: self.gpu.clone(),
+        }
+    }
 }
 
 /// Test instrument: what goes wrong, where, and in which step.

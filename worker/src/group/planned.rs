@@ -3,10 +3,7 @@
 use super::{GroupSpec, RankMemory};
 use crate::{
     checkpoint::LlamaConfig,
-    device::{
-        VocabSplit,
-        cuda::{self, CudaSpec},
-    },
+    device::cuda,
     model::{Shard, Slice},
 };
 
@@ -20,21 +17,7 @@ pub fn on_gpus(model: &LlamaConfig, spec: &GroupSpec) -> RankMemory {
         let slices = shard.slices(model);
         let bytes = |slice: &Slice| slice.outs * slice.ins * if slice.ins == 1 { FP32 } else { BF16 };
         memory.weights_bytes += (slices.iter().map(bytes).sum::<usize>() + model.head_dim / 2 * FP32) as u64;
-        let device = CudaSpec {
-            shard,
-            max_running: spec.max_running,
-            max_rows: spec.max_step_tokens,
-            max_model_len: spec.max_model_len,
-            block_tokens: spec.block_tokens,
-            hidden: model.hidden_size,
-            heads: shard.heads(model),
-            split: VocabSplit::new(model.vocab_size, of),
-            record: spec.record,
-            portable: spec.portable,
-            tuned: spec.tuned,
-            profile: spec.profile,
-        };
-        memory.workspace_bytes += cuda::workspace_bytes(&device, shard.part(model.intermediate_size).len());
+        memory.workspace_bytes += cuda::workspace_bytes(&spec.cuda(model, shard));
         let heads = shard.heads(model);
         memory.kv_bytes +=
             (2 * model.n_layers * heads.n_kv * heads.dim * BF16 * spec.block_tokens * spec.n_blocks) as u64;

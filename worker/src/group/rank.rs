@@ -19,7 +19,7 @@ use crate::{
     device::{
         Device, DeviceError, Landed, StepMeta, VocabSplit,
         cpu::{CpuDevice, CpuSpec, Exchange},
-        cuda::{CudaDevice, CudaSpec, GroupId},
+        cuda::{CudaDevice, GroupId},
     },
     model::{Llama, LlamaSpec, Shard, Weights},
 };
@@ -144,21 +144,7 @@ impl Member {
     }
 
     fn cuda(&self) -> Result<CudaDevice, DeviceError> {
-        let config = self.weights.config();
-        let spec = CudaSpec {
-            shard: self.shard,
-            max_running: self.spec.max_running,
-            max_rows: self.spec.max_step_tokens,
-            max_model_len: self.spec.max_model_len,
-            block_tokens: self.spec.block_tokens,
-            hidden: config.hidden_size,
-            heads: self.shard.heads(config),
-            split: VocabSplit::new(config.vocab_size, self.shard.of),
-            record: self.spec.record,
-            portable: self.spec.portable,
-            tuned: self.spec.tuned,
-            profile: self.spec.profile,
-        };
+        let spec = self.spec.cuda(self.weights.config(), self.shard);
         CudaDevice::new(spec, self.id, self.exchange.clone())
     }
 

@@ -16,7 +16,11 @@ use super::{Facts, Loaded, ModelFile, ServeError, calibrate};
 use crate::{
     checkpoint::{Checkpoint, GenerationConfig, LlamaConfig, TextFiles, eos_union, tokenizer_eos},
     config::{CacheShape, Config, Fit},
-    device::{AHEAD_MAX, cpu::HEAD_ROWS, cuda},
+    device::{
+        AHEAD_MAX,
+        cpu::HEAD_ROWS,
+        cuda::{self, Options, Products},
+    },
     dummy::DummyModel,
     engine::{Defaults, Door},
     group::{Group, GroupSpec, Machine, RankMemory, planned_on_gpus},
@@ -114,10 +118,14 @@ fn group_spec(config: &Config, machine: Machine, fit: &Fit) -> GroupSpec {
             Machine::Cpu => 1,
             Machine::Cuda => AHEAD_MAX,
         },
-        record: true,
-        portable: config.portable_kernels,
-        tuned: true,
-        profile: false,
+        gpu: Options {
+            portable: config.portable_kernels,
+            products: match &config.product_choices {
+                Some(file) => Products::Pinned(file.clone()),
+                None => Products::Kept,
+            },
+            ..Options::default()
+        },
         random_kv: false,
         fault: None,
     }

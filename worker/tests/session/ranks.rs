@@ -5,6 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use swallow_rpc::worker::v1::{Request, finished::Reason};
 use swallow_worker::{
     checkpoint::Checkpoint,
+    device::cuda::Options,
     group::{Fault, FaultKind, Group, GroupSpec, Machine},
     serve::Loaded,
     state::{Memory, State},
@@ -33,10 +34,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         max_model_len: to_usize(sizes.max_model_len),
         step_timeout,
         steps_ahead: 1,
-        record: true,
-        portable: false,
-        tuned: false,
-        profile: false,
+        gpu: Options::default(),
         random_kv: false,
         fault: Some(Fault {
             rank: 1,

@@ -8,6 +8,8 @@
 
 mod attention;
 mod blas;
+mod cache;
+mod choices;
 mod draws;
 mod driver;
 mod head;
@@ -18,6 +20,7 @@ mod memory;
 mod nccl;
 mod nvrtc;
 mod ops;
+mod options;
 mod peaks;
 mod product;
 mod profile;
@@ -31,7 +34,8 @@ use std::{
 
 use self::{
     attention::Attention,
-    blas::{Blas, Shape},
+    blas::{Blas, CublasLt, Shape},
+    choices::{Book, Identity},
     draws::Draws,
     driver::{Event, Gpu},
     head::{Flight, Head},
@@ -47,9 +51,11 @@ use super::{AHEAD_MAX, Allocated, DeviceError, Heads, KvShape, Landed, StepMeta,
 use crate::model::Shard;
 
 pub use self::{
+    choices::{ChoicesError, Products, Unfit},
     kernels::{KernelError, KernelsArgs, make as make_kernels},
     libs::LibraryError,
     nccl::GroupId,
+    options::Options,
     peaks::{Peaks, measure as measure_peaks},
     product::{ProductCheck, check_products},
 };
@@ -90,16 +96,36 @@ pub struct CudaSpec {
     pub hidden: usize,
     /// Of this rank.
     pub heads: Heads,
+    /// Neurons of this rank in a layer's feed-forward network.
+    pub inner: usize,
     /// The vocabulary over the ranks.
     pub split: VocabSplit,
-    /// Record the forward passes of decode steps at start, and replay them.
-    pub record: bool,
-    /// Leave kernels alone that are for one architecture.
-    pub portable: bool,
-    /// Try ways to multiply, and take the fastest.
-    pub tuned: bool,
-    /// Tell where the time of each step goes; nothing is recorded then.
-    pub profile: bool,
+    /// How it computes.
+    pub options: Options,
+}
+
+impl CudaSpec {
+    /// What choices of ways to multiply hold for: the same on all ranks of a group.
+    fn identity(&self, gpu: &Gpu, library: &CublasLt) -> Identity {
+        let Self { heads, shard, .. } = self;
+        Identity(vec![
+            format!("gpu {}", gpu.name),
+            format!("architecture {}", kernels::arch(gpu.capability)),
+            format!("multiprocessors {}", gpu.n_sm),
+            format!("cublaslt {}", library.version_number()),
+            format!("kernel {}", kernels::source_hash(product::SOURCE)),
+            format!(
+                "model ranks={} hidden={} query-heads={} key-heads={} head={} inner={} vocabulary={}",
+                shard.of,
+                self.hidden,
+                heads.n_q,
+                heads.n_kv,
+                heads.dim,
+                self.inner,
+                self.split.n_vocab()
+            ),
+        ])
+    }
 }
 
 /// One rank on one GPU.
@@ -213,8 +239,11 @@ impl CudaDevice {
         let rank = spec.shard.rank;
         let gpu = Gpu::open(rank)?;
         // A sum over ranks is not one of our kernels and takes no part in a chain; that is left for machines to try it on.
-        let kernels = Kernels::load(&gpu, spec.shard.of == 1 && !spec.portable)?;
-        let blas = Blas::new(&gpu, spec.tuned)?;
+        let kernels = Kernels::load(&gpu, spec.shard.of == 1 && !spec.options.portable)?;
+        let identity = spec.identity(&gpu, CublasLt::get()?);
+        let folder = cache::folder("products");
+        let book = Book::open(&spec.options.products, identity, rank, folder, product::is_skinny)?;
+        let blas = Blas::new(&gpu, book)?;
         let comm = id
             .map(|id| Comm::join(&gpu, id, rank, spec.shard.of))
             .transpose()?;
@@ -253,7 +282,7 @@ impl CudaDevice {
                 ..Allocated::default()
             },
             disturbed: false,
-            profile: spec.profile.then(|| Profile::new(&gpu)).transpose()?,
+            profile: spec.options.profile.then(|| Profile::new(&gpu)).transpose()?,
             spec,
             gpu,
             kernels,
@@ -313,10 +342,10 @@ fn turns_bytes(spec: &CudaSpec) -> usize {
 }
 
 /// Bytes that a rank's device will allocate beside weights, keys and values.
-pub fn workspace_bytes(spec: &CudaSpec, inner: usize) -> u64 {
+pub fn workspace_bytes(spec: &CudaSpec) -> u64 {
     let heads = spec.heads;
     // Normed and partial rows, queries with keys and values, attention's output, gate with up, and their product.
-    let row = 2 * spec.hidden + heads.qkv_width() + heads.n_q * heads.dim + 3 * inner;
+    let row = 2 * spec.hidden + heads.qkv_width() + heads.n_q * heads.dim + 3 * spec.inner;
     let activations = spec.max_rows * (row * BF16 + spec.hidden * F32);
     let others = blas::WORKSPACE_BYTES
         + turns_bytes(spec)

@@ -293,7 +293,10 @@ impl Device for CudaDevice {
             memory,
             maps: None,
         };
-        if self.kernels.hopper_tiles.is_some() && !self.spec.portable && attention::suits_hopper(&shape) {
+        if self.kernels.hopper_tiles.is_some()
+            && !self.spec.options.portable
+            && attention::suits_hopper(&shape)
+        {
             kv.maps = Some(self.maps(&kv)?);
         }
         tracing::info!(
@@ -426,7 +429,9 @@ impl Device for CudaDevice {
         let most = self.head.batch();
         let weights = (head.outs, head.ins, Out::F32);
         self.blas.prepare(most, most, weights, operands)?;
-        self.try_own(most, weights, operands)
+        self.try_own(most, weights, operands)?;
+        self.keep_choices();
+        Ok(())
     }
 
     fn rope_write(
