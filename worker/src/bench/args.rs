@@ -96,6 +96,9 @@ pub(super) struct Measure {
     /// Ranks of the group.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(super) tensor_parallel: usize,
+    /// For tuning, not for publishing: of the group's ranks the first one runs alone, and nothing is summed over ranks.
+    #[arg(long)]
+    pub(super) rank_alone: bool,
     /// Threads of all ranks together [default: one a core].
     #[arg(long, value_name = "N")]
     pub(super) threads: Option<usize>,
@@ -207,6 +210,23 @@ impl Measure {
         }
     }
 
+    /// Why nothing of this run is a figure to publish, if so.
+    pub(super) fn tuning(&self) -> Option<String> {
+        let alone = || {
+            format!(
+                "one rank of {} alone, without sums over ranks",
+                self.tensor_parallel
+            )
+        };
+        let why = [
+            self.rank_alone.then(alone),
+            self.random_kv
+                .then(|| "keys and values are random numbers".to_owned()),
+        ];
+        let why: Vec<String> = why.into_iter().flatten().collect();
+        (!why.is_empty()).then(|| format!("a tuning aid, no figure to publish: {}", why.join("; ")))
+    }
+
     pub(super) fn check(&self) -> Result<(), BenchError> {
         let flag = |text: &str| Err(BenchError::Flag(text.to_owned()));
         if self.load_format() == LoadFormat::Safetensors && self.shape.is_some() {
@@ -225,6 +245,9 @@ impl Measure {
         }
         if self.threads == Some(0) || self.tensor_parallel == 0 {
             return flag("--threads and --tensor-parallel must be at least 1");
+        }
+        if self.rank_alone && self.tensor_parallel == 1 {
+            return flag("--rank-alone is for one rank of several; give --tensor-parallel, or leave it out");
         }
         if !(1..=100).contains(&self.device_memory_percent) {
             return flag("--device-memory-percent must be from 1 to 100");
@@ -270,6 +293,7 @@ impl Measure {
                 .map(|path| path.display().to_string()),
         );
         for (name, is_set) in [
+            ("rank-alone", self.rank_alone),
             ("lockstep", self.lockstep),
             ("no-recordings", self.no_recordings),
             ("portable-kernels", self.portable_kernels),
@@ -321,7 +345,7 @@ mod tests {
 
     #[test]
     fn a_start_is_measured_with_the_same_group() {
-        let words = "bench --shape=llama-3-8b --device=cuda --tensor-parallel=2 --batch=1,8 --context=9 --lockstep \
+        let words = "bench --shape=llama-3-8b --device=cuda --tensor-parallel=2 --rank-alone --batch=1,8 --context=9 --lockstep \
                      --max-step-tokens=100 --prefill-tokens=none --device-memory-percent=50 --product-choices=c.txt";
         let words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
         let asked = parse(&words).measure;

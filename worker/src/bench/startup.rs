@@ -27,6 +27,9 @@ const PROMPT: usize = 16;
 struct Started {
     seconds: f64,
     group_seconds: f64,
+    /// Why these are no figures to publish, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tuning: Option<String>,
 }
 
 /// Measures the starts that `args` asks for. The figure of a start with kernels is one that measures how to multiply:
@@ -40,6 +43,7 @@ pub(super) fn measure(args: &Measure, report: &mut Report) -> Result<(), BenchEr
         let Started {
             seconds,
             group_seconds,
+            ..
         } = spawn(args, cache)?;
         report.add(Line::Startup {
             seconds,
@@ -100,7 +104,7 @@ fn spawn(args: &Measure, cache: Option<&Scratch>) -> Result<Started, BenchError>
 /// Starts the group in this process, computes one token, and prints how long ago the process began.
 pub(super) fn run(args: &Measure) -> Result<(), BenchError> {
     let Setup { weights, spec, .. } = Setup::new(args)?;
-    let vocab = weights.config().vocab_size;
+    let vocab = spec.vocabulary(weights.config()).n_vocab();
     let begun = Instant::now();
     let mut group = Group::start(weights, spec.clone(), Arc::new(LoadProgress::default()))?;
     let group_seconds = begun.elapsed().as_secs_f64();
@@ -115,10 +119,11 @@ pub(super) fn run(args: &Measure) -> Result<(), BenchError> {
     let started = Started {
         seconds: process_age()?,
         group_seconds,
+        tuning: args.tuning(),
     };
     println!(
         "{}",
-        serde_json::to_string(&started).expect("two numbers are JSON")
+        serde_json::to_string(&started).expect("numbers and a text are JSON")
     );
     Ok(())
 }

@@ -57,6 +57,9 @@ pub struct GroupSpec {
     pub machine: Machine,
     /// Ranks.
     pub tensor_parallel: usize,
+    /// For benchmarks: of these ranks the first one runs alone, with its share of the vocabulary, and nothing is exchanged.
+    /// What it computes means nothing; it takes the time that its part of the group's work takes.
+    pub rank_alone: bool,
     /// Threads of all ranks together on processors; each rank has at least one.
     pub threads: usize,
     /// Tokens in one block.
@@ -83,10 +86,36 @@ pub struct GroupSpec {
 }
 
 impl GroupSpec {
+    /// Ranks that run.
+    pub fn n_members(&self) -> usize {
+        if self.rank_alone { 1 } else { self.tensor_parallel }
+    }
+
+    /// A rank's part of the model.
+    fn shard(&self, rank: usize) -> Shard {
+        Shard {
+            rank,
+            of: self.tensor_parallel,
+        }
+    }
+
+    /// The vocabulary over the ranks that run.
+    pub fn vocabulary(&self, config: &LlamaConfig) -> VocabSplit {
+        match self.rank_alone {
+            true => VocabSplit::new(self.shard(0).part(config.vocab_size).len(), 1),
+            false => VocabSplit::new(config.vocab_size, self.tensor_parallel),
+        }
+    }
+
     /// A rank's device where ranks are GPUs.
-    fn cuda(&self, config: &LlamaConfig, shard: Shard) -> CudaSpec {
+    fn cuda(&self, config: &LlamaConfig, rank: usize) -> CudaSpec {
+        let shard = self.shard(rank);
         CudaSpec {
-            shard,
+            shard: Shard {
+                rank,
+                of: self.n_members(),
+            },
+            divided: self.tensor_parallel,
             max_running: self.max_running,
             max_rows: self.max_step_tokens,
             max_model_len: self.max_model_len,
@@ -94,7 +123,7 @@ impl GroupSpec {
             hidden: config.hidden_size,
             heads: shard.heads(config),
             inner: shard.part(config.intermediate_size).len(),
-            split: VocabSplit::new(config.vocab_size, shard.of),
+            split: self.vocabulary(config),
             options: self.gpu.clone(),
         }
     }
@@ -262,24 +291,23 @@ impl Group {
         progress: Arc<LoadProgress>,
     ) -> Result<Group, GroupError> {
         let weights = weights.into();
-        let n_vocab = weights.config().vocab_size;
+        check(&spec, weights.config())?;
         let shape = StepShape {
             block_tokens: spec.block_tokens,
             n_blocks: spec.n_blocks,
             max_running: spec.max_running,
             max_rows: spec.max_step_tokens,
             max_model_len: spec.max_model_len,
-            n_vocab,
+            n_vocab: spec.vocabulary(weights.config()).n_vocab(),
         };
-        check(&spec, weights.config())?;
         let id = meeting_point(&spec)?;
         progress
             .bytes_total
-            .store(bytes_to_read(&weights, spec.tensor_parallel), Ordering::Relaxed);
+            .store(bytes_to_read(&weights, &spec), Ordering::Relaxed);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = spec.threads.max(spec.tensor_parallel);
+        let threads = spec.threads.max(spec.n_members());
         let exchange = Arc::new(Exchange::new(
-            spec.tensor_parallel,
+            spec.n_members(),
             spec.max_step_tokens,
             threads > cores,
         ));
@@ -296,18 +324,14 @@ impl Group {
             flights: VecDeque::new(),
             broken: None,
         };
-        for rank in 0..spec.tensor_parallel {
+        for rank in 0..spec.n_members() {
+            let of_threads = Shard {
+                rank,
+                of: spec.n_members(),
+            };
             let member = Member {
-                shard: Shard {
-                    rank,
-                    of: spec.tensor_parallel,
-                },
-                threads: (Shard {
-                    rank,
-                    of: spec.tensor_parallel,
-                })
-                .part(threads)
-                .len(),
+                rank,
+                threads: of_threads.part(threads).len(),
                 spec: spec.clone(),
                 weights: weights.clone(),
                 id,
@@ -561,7 +585,7 @@ impl Drop for Group {
 
 /// What GPUs need to find each other.
 fn meeting_point(spec: &GroupSpec) -> Result<Option<GroupId>, GroupError> {
-    if spec.machine == Machine::Cpu || spec.tensor_parallel == 1 {
+    if spec.machine == Machine::Cpu || spec.n_members() == 1 {
         return Ok(None);
     }
     GroupId::new().map(Some).map_err(|error| GroupError::Load {
@@ -602,13 +626,13 @@ fn check(spec: &GroupSpec, config: &LlamaConfig) -> Result<(), GroupError> {
     Ok(())
 }
 
-fn bytes_to_read(weights: &Weights, of: usize) -> u64 {
+fn bytes_to_read(weights: &Weights, spec: &GroupSpec) -> u64 {
     let rank = |rank| {
-        let slices = Shard { rank, of }.slices(weights.config());
+        let slices = spec.shard(rank).slices(weights.config());
         let bytes = |s: &Slice| s.outs * s.ins * weights.number_bytes(s);
         slices.iter().map(bytes).sum::<usize>() as u64
     };
-    (0..of).map(rank).sum()
+    (0..spec.n_members()).map(rank).sum()
 }
 
 /// Puts the ranks' answers in the order of the step's asks.

@@ -106,6 +106,7 @@ fn group_spec(config: &Config, machine: Machine, fit: &Fit) -> GroupSpec {
     GroupSpec {
         machine,
         tensor_parallel: to_usize(config.tensor_parallel),
+        rank_alone: false,
         threads: to_usize(config.threads),
         block_tokens: to_usize(config.block_tokens),
         n_blocks: to_usize(fit.n_blocks),

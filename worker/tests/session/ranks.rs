@@ -26,6 +26,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
     let spec = GroupSpec {
         machine: Machine::Cpu,
         tensor_parallel: 2,
+        rank_alone: false,
         threads: 2,
         block_tokens: to_usize(sizes.block_tokens),
         n_blocks: to_usize(sizes.n_blocks),

@@ -32,6 +32,7 @@ pub fn spec(tensor_parallel: usize) -> GroupSpec {
     GroupSpec {
         machine: Machine::Cpu,
         tensor_parallel,
+        rank_alone: false,
         threads: 2,
         block_tokens: 16,
         n_blocks: 512,

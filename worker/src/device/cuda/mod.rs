@@ -82,8 +82,10 @@ const F32: usize = 4;
 /// What a rank's device is made of.
 #[derive(Clone, Debug)]
 pub struct CudaSpec {
-    /// This rank; it has the GPU of its number.
+    /// This rank of those that run; it has the GPU of its number.
     pub shard: Shard,
+    /// Ranks that the model is divided among: more than run where one of them is measured alone.
+    pub divided: usize,
     /// Slots, and works in one step.
     pub max_running: usize,
     /// Rows of the largest step.
@@ -107,7 +109,7 @@ pub struct CudaSpec {
 impl CudaSpec {
     /// What choices of ways to multiply hold for: the same on all ranks of a group.
     fn identity(&self, gpu: &Gpu, library: &CublasLt) -> Identity {
-        let Self { heads, shard, .. } = self;
+        let heads = self.heads;
         Identity(vec![
             format!("gpu {}", gpu.name),
             format!("architecture {}", kernels::arch(gpu.capability)),
@@ -116,7 +118,7 @@ impl CudaSpec {
             format!("kernel {}", kernels::source_hash(product::SOURCE)),
             format!(
                 "model ranks={} hidden={} query-heads={} key-heads={} head={} inner={} vocabulary={}",
-                shard.of,
+                self.divided,
                 self.hidden,
                 heads.n_q,
                 heads.n_kv,
@@ -239,7 +241,7 @@ impl CudaDevice {
         let rank = spec.shard.rank;
         let gpu = Gpu::open(rank)?;
         // A sum over ranks is not one of our kernels and takes no part in a chain; that is left for machines to try it on.
-        let kernels = Kernels::load(&gpu, spec.shard.of == 1 && !spec.options.portable)?;
+        let kernels = Kernels::load(&gpu, spec.divided == 1 && !spec.options.portable)?;
         let identity = spec.identity(&gpu, CublasLt::get()?);
         let folder = cache::folder("products");
         let book = Book::open(&spec.options.products, identity, rank, folder, product::is_skinny)?;
