@@ -424,7 +424,11 @@ impl CudaDevice {
     }
 
     /// Draws and scores rows of a batch of `n_rows` rows of logits: those of the `range` of the step's draws.
-    pub(super) fn draw_rows(&self, range: std::ops::Range<usize>, n_rows: usize) -> Result<(), DeviceError> {
+    pub(super) fn draw_rows(
+        &mut self,
+        range: std::ops::Range<usize>,
+        n_rows: usize,
+    ) -> Result<(), DeviceError> {
         let n = range.len() as u32;
         if n == 0 {
             return Ok(());
@@ -434,7 +438,8 @@ impl CudaDevice {
         let shard = n_vocab / spec.shard.of;
         let logits = match (&self.comm, &draws.gathered) {
             (Some(comm), Some(gathered)) => {
-                comm.gather(self.head.logits().address, gathered.address, n_rows * shard * F32)?;
+                let (from, to, n) = (self.head.logits().address, gathered.address, n_rows * shard * F32);
+                self.stopwatch.around(|| comm.gather(from, to, n))?;
                 gathered
             }
             _ => self.head.logits(),

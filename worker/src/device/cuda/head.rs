@@ -74,6 +74,8 @@ pub(super) struct Flight {
     meta: Arc<StepMeta>,
     side: usize,
     replayed: bool,
+    /// Exchanges between ranks that were timed, if they were.
+    exchanges: Option<usize>,
     plan: Plan,
     /// This rank's answers to asks that samplers have answered.
     answered: Vec<HeadOut>,
@@ -218,6 +220,7 @@ impl CudaDevice {
             meta,
             side,
             replayed: step.fixed,
+            exchanges: self.stopwatch.taken(),
             plan,
             answered,
         });
@@ -335,7 +338,8 @@ impl CudaDevice {
             self.gpu
                 .launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut own)?;
             if let Some(comm) = &self.comm {
-                comm.gather(buffers.best.address, buffers.gathered.address, n * BEST)?;
+                let (from, to) = (buffers.best.address, buffers.gathered.address);
+                self.stopwatch.around(|| comm.gather(from, to, n * BEST))?;
                 let layout = [comm.n_ranks() as u32, n_blocks, 1];
                 let mut all = merging(&buffers.gathered, layout, &buffers.best, keep);
                 self.gpu
@@ -347,7 +351,7 @@ impl CudaDevice {
 
     /// Reads a step that is done. Every rank knows all tokens but those that samplers answered; each sequence's sampler is
     /// told by one rank, always the same, so that it learns them in order.
-    fn read(&self, flight: Flight) -> Result<Landed, DeviceError> {
+    fn read(&mut self, flight: Flight) -> Result<Landed, DeviceError> {
         let (rank, n_ranks) = (self.spec.shard.rank, self.spec.shard.of);
         let side = &self.head.sides[flight.side];
         let mut outs = self.answer_later(&flight)?;
@@ -383,7 +387,7 @@ impl CudaDevice {
             outs,
             fingerprint: side.hash[0],
             replayed: flight.replayed,
-            exchanged: None,
+            exchanged: self.stopwatch.read(flight.side, flight.exchanges),
             op_times: Vec::new(),
         })
     }

@@ -25,6 +25,7 @@ mod peaks;
 mod product;
 mod profile;
 mod recording;
+mod stopwatch;
 mod upload;
 
 use std::{
@@ -45,6 +46,7 @@ use self::{
     ops::Kernels,
     profile::Profile,
     recording::Recordings,
+    stopwatch::Stopwatch,
     upload::Uploads,
 };
 use super::{AHEAD_MAX, Allocated, DeviceError, Heads, KvShape, Landed, StepMeta, VocabSplit, cpu::Exchange};
@@ -149,6 +151,8 @@ pub struct CudaDevice {
     head: Head,
     draws: Draws,
     recordings: Recordings,
+    /// Of exchanges between ranks; off in a group of one.
+    stopwatch: Stopwatch<Event>,
     /// The block that rows without meaning write to.
     spare_block: u32,
     /// A point that the host waits for within a step.
@@ -278,6 +282,7 @@ impl CudaDevice {
             landed: VecDeque::new(),
             side: 0,
             recordings: Recordings::default(),
+            stopwatch: Stopwatch::off(),
             spare_block: 0,
             allocated: Allocated {
                 workspace: workspace as u64,

@@ -12,6 +12,7 @@ use super::{
     kernels::{KernelError, SOURCES, SourceFile, arch, machine_code},
     memory::Memory,
     nccl::Numbers,
+    stopwatch::Stopwatch,
 };
 use crate::device::{
     Allocated, Device, DeviceError, Heads, KvShape, Landed, MachineMemory, Norm, Part, RandomTensor, Source,
@@ -284,6 +285,7 @@ impl Device for CudaDevice {
             )));
         }
         self.spare_block = shape.n_blocks as u32;
+        self.make_stopwatch(shape.n_layers);
         let bytes = 2 * shape.n_layers * Kv::half_bytes(&shape);
         // Finite from the start: tiles read beyond a sequence's end, with weights of zero.
         let memory = self.gpu.zeroed(bytes, "keys and values")?;
@@ -380,11 +382,9 @@ impl Device for CudaDevice {
         unsafe { self.row_blocks(&self.kernels.embed, step, &mut arguments)? };
         if let Some(comm) = &self.comm {
             // All ranks but one add zeros, so the sum is exact.
-            comm.sum(
-                residual.memory.address,
-                step.n_rows() * residual.width,
-                Numbers::F32,
-            )?;
+            let n = step.n_rows() * residual.width;
+            self.stopwatch
+                .around(|| comm.sum(residual.memory.address, n, Numbers::F32))?;
         }
         self.add_norm(step, None, norm, residual, normed)?;
         self.mark(
@@ -517,11 +517,9 @@ impl Device for CudaDevice {
             self.gpu.wait()?;
         }
         if let Some(comm) = &self.comm {
-            comm.sum(
-                partial.memory.address,
-                step.n_rows() * partial.width,
-                Numbers::Bf16,
-            )?;
+            let n = step.n_rows() * partial.width;
+            self.stopwatch
+                .around(|| comm.sum(partial.memory.address, n, Numbers::Bf16))?;
             self.mark("sum over ranks", 2 * step.n_rows() * partial.width * BF16, 0)?;
         }
         self.add_norm(step, Some(partial), norm, residual, normed)?;
@@ -582,6 +580,17 @@ impl Device for CudaDevice {
 }
 
 impl CudaDevice {
+    /// Where ranks exchange anything, and nobody looks at every operation anyway.
+    fn make_stopwatch(&mut self, n_layers: usize) {
+        if self.comm.is_none() || self.profile.is_some() {
+            return;
+        }
+        self.stopwatch = Stopwatch::new(n_layers, || self.gpu.event(true)).unwrap_or_else(|error| {
+            tracing::warn!("exchanges between ranks are not timed: {error}");
+            Stopwatch::off()
+        });
+    }
+
     /// Descriptions of every layer's keys and values for the copy engine.
     fn maps(&self, kv: &Kv) -> Result<Memory, DeviceError> {
         let shape = &kv.shape;

@@ -171,13 +171,14 @@ impl CudaDevice {
     }
 
     pub(super) fn step(
-        &self,
+        &mut self,
         meta: Arc<StepMeta>,
         side: usize,
         uploaded: Uploaded,
         inv_freq: (u64, usize),
     ) -> CudaStep {
         assert_eq!(inv_freq.1, self.spec.heads.dim / 2);
+        self.stopwatch.begin(side, !uploaded.fixed);
         CudaStep {
             meta,
             side,
