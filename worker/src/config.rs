@@ -89,6 +89,8 @@ pub struct Config {
     pub portable_kernels: bool,
     /// On GPUs: the file that says how to multiply.
     pub product_choices: Option<PathBuf>,
+    /// On GPUs: every kernel is waited for.
+    pub debug_kernels: bool,
     /// Ranks of the group.
     pub tensor_parallel: u32,
     /// Compute threads of all ranks together, at least one a rank.
@@ -156,6 +158,7 @@ impl Config {
             device: args.device,
             portable_kernels: args.kernels == Kernels::Portable,
             product_choices: args.product_choices,
+            debug_kernels: args.debug_kernels,
             tensor_parallel: args.tensor_parallel,
             threads,
             max_model_len: args.max_model_len,
@@ -319,6 +322,11 @@ fn check_device(args: &WorkerArgs) -> Result<(), ConfigError> {
             "device",
             "auto",
             "a number format asks for a device: give --device=cpu or --device=cuda, or --dtype=auto",
+        ),
+        (DeviceKind::Cpu, _) if args.debug_kernels => refuse(
+            "debug-kernels",
+            true,
+            "GPU kernels; the CPU device has none: leave it out",
         ),
         (DeviceKind::Cpu, _) if args.kernels == Kernels::Portable => refuse(
             "kernels",

@@ -174,6 +174,7 @@ fn a_mistake_is_one_clear_line() {
         ("--batch=0", "--batch=0: give whole numbers from 1 on"),
         ("--output-tokens=2", "--output-tokens must be at least 3"),
         ("--tensor-parallel=3", "tensor parallel"),
+        ("--chain-kernels=on", "--chain-kernels needs --device=cuda"),
         ("--rank-alone", "--rank-alone is for one rank of several"),
     ] {
         let (ok, lines, error) = bench(&[&tiny, flag, "--startup=none"]);

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 
 use super::{BenchError, load::Load};
 use crate::{
-    device::cuda::{Options, Products},
+    device::cuda::{Chain, Options, Products},
     sampling::SamplingParams,
 };
 
@@ -156,6 +156,13 @@ pub(super) struct Measure {
     /// On a GPU: measure the ways to multiply at this start, and leave alone what earlier ones have kept.
     #[arg(long)]
     pub(super) measure_products: bool,
+    /// For tuning, not for publishing, on a GPU: whether kernels begin before the one in front of them is done. Auto is what
+    /// is served: in a group of one alone.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) chain_kernels: Chain,
+    /// On a GPU: wait for every kernel, so that one that fails is named. Nothing is recorded.
+    #[arg(long)]
+    pub(super) debug_kernels: bool,
     /// On a GPU: instead of measuring, tell where the time of a step goes, operation by operation. Keys and values are
     /// what the memory holds.
     #[arg(long)]
@@ -207,6 +214,8 @@ impl Measure {
                 None => Products::Kept,
             },
             profile: self.profile,
+            debug: self.debug_kernels,
+            chain: self.chain_kernels,
         }
     }
 
@@ -222,6 +231,13 @@ impl Measure {
             self.rank_alone.then(alone),
             self.random_kv
                 .then(|| "keys and values are random numbers".to_owned()),
+            self.debug_kernels
+                .then(|| "every kernel is waited for".to_owned()),
+            match self.chain_kernels {
+                Chain::Auto => None,
+                Chain::On => Some("kernels are chained".to_owned()),
+                Chain::Off => Some("kernels are not chained".to_owned()),
+            },
         ];
         let why: Vec<String> = why.into_iter().flatten().collect();
         (!why.is_empty()).then(|| format!("a tuning aid, no figure to publish: {}", why.join("; ")))
@@ -240,8 +256,17 @@ impl Measure {
         if self.output_tokens.is_some_and(|n| n < 3) {
             return flag("--output-tokens must be at least 3: a step is measured from the one before it");
         }
-        if self.profile && self.device == BenchDevice::Cpu {
-            return flag("--profile needs --device=cuda");
+        let of_gpus = [
+            ("profile", self.profile),
+            ("product-choices", self.product_choices.is_some()),
+            ("measure-products", self.measure_products),
+            ("chain-kernels", self.chain_kernels != Chain::Auto),
+            ("debug-kernels", self.debug_kernels),
+        ];
+        if let Some((name, _)) = of_gpus.into_iter().find(|(_, given)| *given)
+            && self.device == BenchDevice::Cpu
+        {
+            return flag(&format!("--{name} needs --device=cuda"));
         }
         if self.threads == Some(0) || self.tensor_parallel == 0 {
             return flag("--threads and --tensor-parallel must be at least 1");
@@ -287,6 +312,10 @@ impl Measure {
             Some(self.device_memory_percent.to_string()),
         );
         flag(
+            "chain-kernels",
+            choice(&|| self.chain_kernels.to_possible_value()),
+        );
+        flag(
             "product-choices",
             self.product_choices
                 .as_ref()
@@ -298,6 +327,7 @@ impl Measure {
             ("no-recordings", self.no_recordings),
             ("portable-kernels", self.portable_kernels),
             ("measure-products", self.measure_products),
+            ("debug-kernels", self.debug_kernels),
         ] {
             argv.extend(is_set.then(|| format!("--{name}")));
         }
@@ -346,7 +376,8 @@ mod tests {
     #[test]
     fn a_start_is_measured_with_the_same_group() {
         let words = "bench --shape=llama-3-8b --device=cuda --tensor-parallel=2 --rank-alone --batch=1,8 --context=9 --lockstep \
-                     --max-step-tokens=100 --prefill-tokens=none --device-memory-percent=50 --product-choices=c.txt";
+                     --max-step-tokens=100 --prefill-tokens=none --device-memory-percent=50 --product-choices=c.txt \
+                     --chain-kernels=on --debug-kernels";
         let words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
         let asked = parse(&words).measure;
         let Some(Other::Startup(child)) = parse(&asked.startup_argv()).other else {

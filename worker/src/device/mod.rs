@@ -118,6 +118,9 @@ pub enum DeviceError {
     /// A GPU, or a library that drives it, failed. The message names the call or the kernel.
     #[error("{0}")]
     Cuda(String),
+    /// A kernel of a GPU failed some time after its launch.
+    #[error("{0}")]
+    Fault(cuda::KernelFault),
     /// A library that drives GPUs cannot be used.
     #[error(transparent)]
     Library(#[from] cuda::LibraryError),
@@ -129,6 +132,12 @@ pub enum DeviceError {
         /// What it was for.
         what: &'static str,
     },
+}
+
+impl From<cuda::KernelFault> for DeviceError {
+    fn from(fault: cuda::KernelFault) -> Self {
+        Self::Fault(fault)
+    }
 }
 
 /// Bytes that a device has allocated.
@@ -392,6 +401,12 @@ pub trait Device {
         head: &Self::Matrix,
         split: &VocabSplit,
     ) -> Result<(), DeviceError>;
+
+    /// An error of a step with what is known of where it comes from; `launching` is the step that was being given when it
+    /// came.
+    fn explain(&self, error: DeviceError, _launching: Option<&StepMeta>) -> DeviceError {
+        error
+    }
 
     /// What came of the oldest step that has not landed; `None` if it is still computed. At most [`AHEAD_MAX`] steps
     /// may be waiting to land.

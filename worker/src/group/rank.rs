@@ -112,7 +112,9 @@ impl Member {
                     flights.push_back(step);
                     let launched = guard(|| {
                         self.misbehave(step, device)?;
-                        llama.forward(device, meta)
+                        llama
+                            .forward(device, Arc::clone(&meta))
+                            .map_err(|error| device.explain(error, Some(&meta)))
                     });
                     launched.map_err(|cause| (step, cause))?;
                 }
@@ -120,7 +122,8 @@ impl Member {
                 Err(TryRecvError::Disconnected) => return Ok(()),
             }
             let Some(&oldest) = flights.front() else { continue };
-            match guard(|| device.land()).map_err(|cause| (oldest, cause))? {
+            let landed = guard(|| device.land().map_err(|error| device.explain(error, None)));
+            match landed.map_err(|cause| (oldest, cause))? {
                 Some(landed) => {
                     flights.pop_front();
                     self.answer(oldest, Ok(Done::Step(landed)));

@@ -125,6 +125,7 @@ fn group_spec(config: &Config, machine: Machine, fit: &Fit) -> GroupSpec {
                 Some(file) => Products::Pinned(file.clone()),
                 None => Products::Kept,
             },
+            debug: config.debug_kernels,
             ..Options::default()
         },
         random_kv: false,

@@ -134,6 +134,7 @@ pub(super) struct Operands {
 
 /// How a product of one shape is computed.
 struct Plan {
+    shape: Shape,
     w: cublasLtMatrixLayout_t,
     x: cublasLtMatrixLayout_t,
     out: cublasLtMatrixLayout_t,
@@ -278,7 +279,8 @@ impl Blas {
                 self.gpu.stream,
             )
         };
-        self.lt.check(code, "cublasLtMatmul")
+        self.lt.check(code, "cublasLtMatmul")?;
+        self.gpu.named(|| format!("cublasLtMatmul of {:?}", plan.shape))
     }
 
     /// The library's first choice. It knows columns first, so it is told `outᵀ = (wᵀ)ᵀ · xᵀ`.
@@ -326,6 +328,7 @@ impl Blas {
             )));
         };
         Ok(Plan {
+            shape,
             w,
             x,
             out,

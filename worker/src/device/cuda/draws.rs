@@ -433,19 +433,16 @@ impl CudaDevice {
         if n == 0 {
             return Ok(());
         }
-        let (draws, spec) = (&self.draws, &self.spec);
-        let n_vocab = spec.split.n_vocab();
-        let shard = n_vocab / spec.shard.of;
-        let logits = match (&self.comm, &draws.gathered) {
-            (Some(comm), Some(gathered)) => {
-                let (from, to, n) = (self.head.logits().address, gathered.address, n_rows * shard * F32);
-                self.stopwatch.around(|| comm.gather(from, to, n))?;
-                gathered
-            }
-            _ => self.head.logits(),
-        };
+        let (n_vocab, n_ranks) = (self.spec.split.n_vocab(), self.spec.shard.of);
+        let shard = n_vocab / n_ranks;
+        if let Some(to) = self.draws.gathered.as_ref().map(|gathered| gathered.address) {
+            let (from, n) = (self.head.logits().address, n_rows * shard * F32);
+            self.between_ranks("ncclAllGather", |comm| comm.gather(from, to, n))?;
+        }
+        let draws = &self.draws;
+        let logits = draws.gathered.as_ref().unwrap_or(self.head.logits());
         let records = draws.records.at(range.start * size_of::<Record>());
-        let whole = [n_vocab, draws.seen_stride, shard, spec.shard.of, n_rows].map(|n| Arg::from(n as u32));
+        let whole = [n_vocab, draws.seen_stride, shard, n_ranks, n_rows].map(|n| Arg::from(n as u32));
         let given = [
             logits.into(),
             records.into(),

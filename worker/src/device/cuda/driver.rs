@@ -1,7 +1,8 @@
 //! The driver: one GPU, its context and stream, its memory, its kernels.
 //!
 //! Everything that belongs to a rank is used from that rank's thread alone, on one stream, so order is the order of the
-//! calls. Errors of the driver carry the name of the call or of the kernel; a GPU that reported one is not used again.
+//! calls. Errors of the driver carry the name of the call or of the kernel that gave them; those that a kernel before gave
+//! are in `faults.rs`. A GPU that reported one is not used again.
 
 use std::{
     ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
@@ -16,6 +17,7 @@ use cudarc::driver::sys::{
 };
 
 use super::{
+    faults::{KernelFault, is_of_a_kernel},
     libs::{Library, LibraryError, Wanted, functions, string},
     memory::{Memory, Pinned, Plain},
 };
@@ -123,10 +125,11 @@ impl Driver {
     }
 
     fn check(&self, code: c_int, call: &str) -> Result<(), DeviceError> {
-        if code == SUCCESS {
-            return Ok(());
+        match code {
+            SUCCESS => Ok(()),
+            code if is_of_a_kernel(code) => Err(KernelFault::new(self.words(code), call).into()),
+            code => Err(DeviceError::Cuda(format!("{call}: {}", self.words(code)))),
         }
-        Err(DeviceError::Cuda(format!("{call}: {}", self.words(code))))
     }
 
     fn words(&self, code: c_int) -> String {
@@ -162,6 +165,8 @@ pub(super) struct Gpu {
     pub(super) capability: u32,
     /// Multiprocessors.
     pub(super) n_sm: u32,
+    /// Every kernel is waited for after its launch.
+    debug: bool,
 }
 
 // SAFETY: the driver takes contexts and streams from any thread; a rank's thread makes the context current first.
@@ -170,8 +175,8 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// Opens a GPU and makes it the calling thread's.
-    pub(super) fn open(ordinal: usize) -> Result<Arc<Self>, DeviceError> {
+    /// Opens a GPU and makes it the calling thread's. With `debug`, kernels that fail are named, and everything is slow.
+    pub(super) fn open(ordinal: usize, debug: bool) -> Result<Arc<Self>, DeviceError> {
         let driver = Driver::get()?;
         let n = driver.count()?;
         if ordinal >= n {
@@ -215,6 +220,7 @@ impl Gpu {
             driver,
             context,
             stream,
+            debug,
         }))
     }
 
@@ -474,7 +480,8 @@ impl Gpu {
         if kernel.chained {
             // SAFETY: the caller's promise, and a chained kernel waits for its predecessor by itself.
             let code = unsafe { self.launch_chained(kernel, grid, block, shared, addresses.as_mut_ptr()) };
-            return self.check(code, kernel.name);
+            self.check(code, kernel.name)?;
+            return self.named(|| kernel.name.to_owned());
         }
         // SAFETY: the addresses live until the call returns, which copies what they point to; the rest is the caller's
         // promise.
@@ -493,7 +500,19 @@ impl Gpu {
                 ptr::null_mut(),
             )
         };
-        self.check(code, kernel.name)
+        self.check(code, kernel.name)?;
+        self.named(|| kernel.name.to_owned())
+    }
+
+    /// When faults are looked for: waits for what was launched just now, and gives its failure its name.
+    pub(super) fn named(&self, name: impl FnOnce() -> String) -> Result<(), DeviceError> {
+        if !self.debug {
+            return Ok(());
+        }
+        self.wait().map_err(|error| match error {
+            DeviceError::Fault(fault) => fault.of(&name()),
+            other => other,
+        })
     }
 }
 
@@ -567,7 +586,7 @@ impl Event {
         // SAFETY: the handle lives.
         match unsafe { (self.gpu.driver.event_query)(self.event) } {
             NOT_READY => Ok(false),
-            code => self.gpu.check(code, "a kernel of this step").map(|()| true),
+            code => self.gpu.check(code, "the end of a step").map(|()| true),
         }
     }
 

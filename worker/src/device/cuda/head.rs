@@ -20,6 +20,7 @@ use super::{
     draws::Plan,
     driver::{Arg, Event, Gpu},
     memory::{Memory, Pinned},
+    nccl::Comm,
 };
 use crate::{
     device::{
@@ -71,9 +72,9 @@ struct Side {
 
 /// A step whose answers are on their way to the host.
 pub(super) struct Flight {
-    meta: Arc<StepMeta>,
+    pub(super) meta: Arc<StepMeta>,
     side: usize,
-    replayed: bool,
+    pub(super) replayed: bool,
     /// Exchanges between ranks that were timed, if they were.
     exchanges: Option<usize>,
     plan: Plan,
@@ -337,16 +338,17 @@ impl CudaDevice {
             );
             self.gpu
                 .launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut own)?;
-            if let Some(comm) = &self.comm {
-                let (from, to) = (buffers.best.address, buffers.gathered.address);
-                self.stopwatch.around(|| comm.gather(from, to, n * BEST))?;
-                let layout = [comm.n_ranks() as u32, n_blocks, 1];
-                let mut all = merging(&buffers.gathered, layout, &buffers.best, keep);
-                self.gpu
-                    .launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut all)?;
-            }
         }
-        Ok(())
+        let Some(n_ranks) = self.comm.as_ref().map(Comm::n_ranks) else {
+            return Ok(());
+        };
+        let (from, to) = (self.head.best.address, self.head.gathered.address);
+        self.between_ranks("ncclAllGather", |comm| comm.gather(from, to, n * BEST))?;
+        let (buffers, merge) = (&self.head, &self.kernels.argmax_merge);
+        let layout = [n_ranks as u32, n_blocks, 1];
+        let mut all = merging(&buffers.gathered, layout, &buffers.best, keep);
+        // SAFETY: the parameters of `argmax_merge`, as above.
+        unsafe { self.gpu.launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut all) }
     }
 
     /// Reads a step that is done. Every rank knows all tokens but those that samplers answered; each sequence's sampler is

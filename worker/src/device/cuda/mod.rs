@@ -12,6 +12,7 @@ mod cache;
 mod choices;
 mod draws;
 mod driver;
+mod faults;
 mod head;
 mod kernels;
 mod libs;
@@ -54,10 +55,11 @@ use crate::model::Shard;
 
 pub use self::{
     choices::{ChoicesError, Products, Unfit},
+    faults::KernelFault,
     kernels::{KernelError, KernelsArgs, make as make_kernels},
     libs::LibraryError,
     nccl::GroupId,
-    options::Options,
+    options::{Chain, Options},
     peaks::{Peaks, measure as measure_peaks},
     product::{ProductCheck, check_products},
 };
@@ -243,9 +245,8 @@ impl CudaDevice {
     /// The driver, a library or the GPU is missing or too old, kernels cannot be made, or memory runs out.
     pub fn new(spec: CudaSpec, id: Option<GroupId>, exchange: Arc<Exchange>) -> Result<Self, DeviceError> {
         let rank = spec.shard.rank;
-        let gpu = Gpu::open(rank)?;
-        // A sum over ranks is not one of our kernels and takes no part in a chain; that is left for machines to try it on.
-        let kernels = Kernels::load(&gpu, spec.divided == 1 && !spec.options.portable)?;
+        let gpu = Gpu::open(rank, spec.options.debug)?;
+        let kernels = Kernels::load(&gpu, spec.options.chains(spec.divided))?;
         let identity = spec.identity(&gpu, CublasLt::get()?);
         let folder = cache::folder("products");
         let book = Book::open(&spec.options.products, identity, rank, folder, product::is_skinny)?;
@@ -322,6 +323,23 @@ impl CudaDevice {
         Ok(())
     }
 
+    /// An error with the steps that it may have come from, where a kernel has failed: calls of libraries say only that they
+    /// did.
+    fn explain_fault(&self, error: DeviceError, launching: Option<&StepMeta>) -> DeviceError {
+        let fault = match error {
+            DeviceError::Fault(fault) => fault,
+            DeviceError::Cuda(text) if !self.spec.options.debug => match self.reached.reached() {
+                Err(DeviceError::Fault(fault)) => fault.told_by(&text),
+                _ => return DeviceError::Cuda(text),
+            },
+            other => return other,
+        };
+        let flights = self.flights.iter();
+        let queued = flights.map(|flight| faults::describe(&flight.meta, flight.replayed));
+        let launching = launching.map(|meta| faults::describe(meta, false));
+        fault.in_steps(queued.chain(launching).collect()).into()
+    }
+
     /// The buffers of the next step, which no step uses any more.
     fn take_side(&mut self) -> usize {
         assert!(
@@ -335,6 +353,12 @@ impl CudaDevice {
 
 impl Drop for CudaDevice {
     fn drop(&mut self) {
+        // An exchange that waits for a rank that has failed ends when the group is left, and not before. Recordings hold
+        // exchanges, so they go first.
+        if self.comm.is_some() && self.settle().is_err() {
+            self.recordings = Recordings::default();
+            self.comm = None;
+        }
         // A GPU that failed does not come to the end; then nothing is copied any more either.
         let _ = self.gpu.wait();
         // SAFETY: the ranks' threads end one after the other, and this rank's area is its own.
@@ -386,7 +410,7 @@ pub fn survey(n_ranks: usize) -> Result<Survey, DeviceError> {
     }
     let mut survey: Option<Survey> = None;
     for rank in 0..n_ranks {
-        let gpu = Gpu::open(rank)?;
+        let gpu = Gpu::open(rank, false)?;
         let (free, total) = gpu.memory()?;
         let so_far = survey.get_or_insert_with(|| Survey {
             total_bytes: u64::MAX,

@@ -11,7 +11,7 @@ use super::{
     driver::{Arg, Gpu, Kernel, Module},
     kernels::{KernelError, SOURCES, SourceFile, arch, machine_code},
     memory::Memory,
-    nccl::Numbers,
+    nccl::{Comm, Numbers},
     stopwatch::Stopwatch,
 };
 use crate::device::{
@@ -380,12 +380,9 @@ impl Device for CudaDevice {
         ];
         // SAFETY: the parameters of `embed`; tokens were checked against the vocabulary.
         unsafe { self.row_blocks(&self.kernels.embed, step, &mut arguments)? };
-        if let Some(comm) = &self.comm {
-            // All ranks but one add zeros, so the sum is exact.
-            let n = step.n_rows() * residual.width;
-            self.stopwatch
-                .around(|| comm.sum(residual.memory.address, n, Numbers::F32))?;
-        }
+        // All ranks but one add zeros, so the sum is exact.
+        let (at, n) = (residual.memory.address, step.n_rows() * residual.width);
+        self.between_ranks("ncclAllReduce", |comm| comm.sum(at, n, Numbers::F32))?;
         self.add_norm(step, None, norm, residual, normed)?;
         self.mark(
             "embedding and first norm",
@@ -516,10 +513,9 @@ impl Device for CudaDevice {
             self.gpu.copy_in(residual.memory.address, &[1f32])?;
             self.gpu.wait()?;
         }
-        if let Some(comm) = &self.comm {
-            let n = step.n_rows() * partial.width;
-            self.stopwatch
-                .around(|| comm.sum(partial.memory.address, n, Numbers::Bf16))?;
+        let (at, n) = (partial.memory.address, step.n_rows() * partial.width);
+        self.between_ranks("ncclAllReduce", |comm| comm.sum(at, n, Numbers::Bf16))?;
+        if self.comm.is_some() {
             self.mark("sum over ranks", 2 * step.n_rows() * partial.width * BF16, 0)?;
         }
         self.add_norm(step, Some(partial), norm, residual, normed)?;
@@ -571,6 +567,10 @@ impl Device for CudaDevice {
         self.mark("drawing and copies", 0, 0)
     }
 
+    fn explain(&self, error: DeviceError, launching: Option<&StepMeta>) -> DeviceError {
+        self.explain_fault(error, launching)
+    }
+
     fn land(&mut self) -> Result<Option<Landed>, DeviceError> {
         if let Some(landed) = self.landed.pop_front() {
             return Ok(Some(landed));
@@ -580,6 +580,26 @@ impl Device for CudaDevice {
 }
 
 impl CudaDevice {
+    /// An exchange between ranks, if there are several.
+    pub(super) fn between_ranks(
+        &mut self,
+        what: &str,
+        exchange: impl FnOnce(&Comm) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let Some(comm) = &self.comm else {
+            return Ok(());
+        };
+        self.stopwatch.around(|| exchange(comm))?;
+        if !self.spec.options.debug {
+            return Ok(());
+        }
+        // Not by waiting for the stream: a rank that has failed would never come.
+        self.settle().map_err(|error| match error {
+            DeviceError::Fault(fault) => fault.of(what),
+            other => other,
+        })
+    }
+
     /// Where ranks exchange anything, and nobody looks at every operation anyway.
     fn make_stopwatch(&mut self, n_layers: usize) {
         if self.comm.is_none() || self.profile.is_some() {

@@ -32,7 +32,7 @@ const ROUNDS: usize = 9;
 /// # Errors
 /// If there is none, or it has not got 4 GiB.
 pub fn measure() -> Result<Peaks, DeviceError> {
-    let gpu = Gpu::open(0)?;
+    let gpu = Gpu::open(0, false)?;
     let kernels = Kernels::load(&gpu, false)?;
     let mut blas = Blas::new(&gpu, Book::first())?;
     let memory = [

@@ -106,7 +106,10 @@ impl CudaDevice {
         let rank = self.spec.shard.rank;
         let [taken, measured] = self.blas.book().counts();
         tracing::info!(rank, taken, measured, "ways to multiply chosen");
-        self.blas.book().keep();
+        // Times of kernels that are waited for one by one are not times to keep.
+        if !self.spec.options.debug {
+            self.blas.book().keep();
+        }
     }
 }
 
@@ -131,7 +134,7 @@ const POISON: u8 = 0xff;
 /// # Errors
 /// The first GPU cannot be used, or fails.
 pub fn check_products(shapes: &[(usize, usize, usize)]) -> Result<Vec<ProductCheck>, DeviceError> {
-    let gpu = Gpu::open(0)?;
+    let gpu = Gpu::open(0, false)?;
     let kernels = Kernels::load(&gpu, true)?;
     let mut blas = Blas::new(&gpu, Book::first())?;
     let mut checks = Vec::new();

@@ -98,7 +98,7 @@ fn record(
 impl CudaDevice {
     /// Sizes of decode steps, ascending.
     pub(super) fn sizes(&self) -> Vec<usize> {
-        if !self.spec.options.record || self.spec.options.profile {
+        if !self.spec.options.records() {
             return Vec::new();
         }
         let most = self.spec.max_running.min(RECORDED_ROWS);
