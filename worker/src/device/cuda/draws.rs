@@ -12,8 +12,9 @@ use swallow_schedule::SeqId;
 
 use super::{
     CudaDevice, CudaSpec, F32,
-    driver::{Arg, Gpu},
+    driver::Gpu,
     head::{HARD_TOP_MIN, LATER_MAX, batch, locked},
+    launch::Arg,
     memory::{Memory, Pinned, Plain},
     upload::NO_SLOT,
 };

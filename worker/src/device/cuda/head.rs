@@ -18,7 +18,8 @@ use super::{
     BF16, CudaDevice, CudaSpec, CudaStep, F32, Matrix, Rows,
     blas::{Operands, Out, Shape, size},
     draws::Plan,
-    driver::{Arg, Event, Gpu},
+    driver::{Event, Gpu},
+    launch::Arg,
     memory::{Memory, Pinned},
     nccl::Comm,
 };

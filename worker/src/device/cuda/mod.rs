@@ -15,6 +15,7 @@ mod driver;
 mod faults;
 mod head;
 mod kernels;
+mod launch;
 mod libs;
 mod load;
 mod memory;
