@@ -43,6 +43,9 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
     let vocab_size = to_u32(model.vocab_size);
     let eos_token_ids = reachable(eos_union(&model, &generation, tokenizer_eos(&text)?), vocab_size);
     let machine = machine(config.device)?;
+    if machine == Machine::Cpu && (config.product_choices.is_some() || config.debug_kernels) {
+        warn!("--product-choices and --debug-kernels are for GPUs: processors have nothing of them");
+    }
     let config = &with_kv_bytes(config, machine, &model)?;
     let fit = config.fit(&cache_shape(&model, machine))?;
     log_fit(config, &fit, &model);

@@ -253,6 +253,8 @@ pub(super) struct Book {
     folder: Option<PathBuf>,
     known: Choices,
     found: Choices,
+    /// Known ways that the library would not go.
+    n_refused: usize,
 }
 
 impl Book {
@@ -265,6 +267,7 @@ impl Book {
             folder: None,
             known: Choices::default(),
             found: Choices::default(),
+            n_refused: 0,
         }
     }
 
@@ -306,9 +309,10 @@ impl Book {
             products: products.clone(),
             rank,
             identity,
-            folder: folder.filter(|_| *products == Products::Kept),
+            folder,
             known,
             found: Choices::default(),
+            n_refused: 0,
         })
     }
 
@@ -346,7 +350,11 @@ impl Book {
                 why: why.to_string(),
             });
         }
-        tracing::warn!("the library refuses the kept choice for {product}, which is measured anew: {why}");
+        // The first stands for what may be all of them.
+        if self.n_refused == 0 {
+            tracing::warn!("the library refuses the kept choice for {product}, it is measured anew: {why}");
+        }
+        self.n_refused += 1;
         self.known.0.remove(&product);
         Ok(())
     }
@@ -356,10 +364,10 @@ impl Book {
         self.found.0.insert(self.product(shape), way);
     }
 
-    /// How many choices were taken from a file, and how many were found at this start.
-    pub(super) fn counts(&self) -> [usize; 2] {
+    /// How many choices are known from a file, how many of those the library refused, and how many were found at this start.
+    pub(super) fn counts(&self) -> [usize; 3] {
         let known = self.known.0.keys().filter(|product| product.rank == self.rank);
-        [known.count(), self.found.0.len()]
+        [known.count(), self.n_refused, self.found.0.len()]
     }
 
     /// Adds what was found to the file for the next start. Where that cannot be written, it is told once, and the next
@@ -367,21 +375,27 @@ impl Book {
     pub(super) fn keep(&self) {
         // Ranks come here together, and each adds its own.
         static TOLD: Mutex<bool> = Mutex::new(false);
-        let Some(folder) = self.folder.as_ref().filter(|_| !self.found.0.is_empty()) else {
+        if self.products != Products::Kept || self.found.0.is_empty() {
             return;
-        };
+        }
         let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(why) = self.add_to_file()
+            && !std::mem::replace(&mut *told, true)
+        {
+            tracing::warn!("the ways to multiply are not kept for the next start: {why}");
+        }
+    }
+
+    /// In words, why not.
+    fn add_to_file(&self) -> Result<(), String> {
+        let Some(folder) = &self.folder else {
+            return Err("there is no folder for them; set SWALLOW_CACHE".into());
+        };
         let name = self.identity.file_name();
         let mut all = Choices::read(&folder.join(&name), &self.identity).unwrap_or_default();
         all.0.extend(&self.found.0);
-        if let Err(error) = cache::put(folder, &name, all.render(&self.identity).as_bytes())
-            && !std::mem::replace(&mut *told, true)
-        {
-            tracing::warn!(
-                "{}: the ways to multiply are not kept for the next start: {error}",
-                folder.display()
-            );
-        }
+        cache::put(folder, &name, all.render(&self.identity).as_bytes())
+            .map_err(|error| format!("{}: {error}", folder.display()))
     }
 
     fn product(&self, shape: Shape) -> Product {
@@ -440,7 +454,7 @@ mod tests {
         let mut book = open(&Products::Kept, 1, folder.path()).expect("sound");
         assert_eq!(book.way(shape(1)), Ok(Some(library(2))));
         assert_eq!(book.way(shape(64)), Ok(Some(library(3))));
-        assert_eq!((book.way(shape(65)), book.counts()), (Ok(None), [2, 0]));
+        assert_eq!((book.way(shape(65)), book.counts()), (Ok(None), [2, 0, 0]));
         book.keep();
         assert_eq!(
             fs::read_to_string(&path).expect("kept"),
@@ -450,7 +464,7 @@ mod tests {
         // A larger step adds its products; a way that the library has refused since gives place to another.
         book.refused(shape(64), "not supported")
             .expect("not asked for by name");
-        assert_eq!(book.way(shape(64)), Ok(None));
+        assert_eq!((book.way(shape(64)), book.counts()), (Ok(None), [1, 1, 0]));
         book.found(shape(64), library(9));
         book.found(shape(65), library(4));
         book.keep();
@@ -620,5 +634,9 @@ mod tests {
         book.found(shape(1), library(7));
         book.keep();
         assert_eq!(fs::read(&folder).expect("there"), b"not a folder");
+        let why = book.add_to_file().expect_err("not a folder");
+        assert!(why.starts_with(&folder.display().to_string()), "{why}");
+        book.folder = None;
+        assert!(book.add_to_file().is_err_and(|why| why.contains("SWALLOW_CACHE")));
     }
 }

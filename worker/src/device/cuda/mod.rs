@@ -337,7 +337,7 @@ impl CudaDevice {
         };
         let flights = self.flights.iter();
         let queued = flights.map(|flight| faults::describe(&flight.meta, flight.replayed));
-        let launching = launching.map(|meta| faults::describe(meta, false));
+        let launching = launching.map(|meta| faults::describe(meta, self.recorded_layout(meta).is_some()));
         fault.in_steps(queued.chain(launching).collect()).into()
     }
 

@@ -104,8 +104,8 @@ impl CudaDevice {
     /// All products are chosen: keeps what was found.
     pub(super) fn keep_choices(&mut self) {
         let rank = self.spec.shard.rank;
-        let [taken, measured] = self.blas.book().counts();
-        tracing::info!(rank, taken, measured, "ways to multiply chosen");
+        let [known, refused, measured] = self.blas.book().counts();
+        tracing::info!(rank, known, refused, measured, "ways to multiply chosen");
         // Times of kernels that are waited for one by one are not times to keep.
         if !self.spec.options.debug {
             self.blas.book().keep();
