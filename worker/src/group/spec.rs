@@ -88,6 +88,7 @@ impl GroupSpec {
                 of: self.n_members(),
             },
             divided: self.tensor_parallel,
+            vocabulary: config.vocab_size,
             max_running: self.max_running,
             max_rows: self.max_step_tokens,
             max_model_len: self.max_model_len,

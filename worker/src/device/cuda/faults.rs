@@ -61,6 +61,12 @@ impl KernelFault {
         Self { steps, ..self }
     }
 
+    /// As an error of the call that was told.
+    pub(super) fn of_the_call(self) -> DeviceError {
+        let call = self.told.clone();
+        self.of(&call)
+    }
+
     /// As an error of a kernel that is known.
     pub(super) fn of(self, kernel: &str) -> DeviceError {
         DeviceError::Cuda(format!("{kernel}: {}", self.words))

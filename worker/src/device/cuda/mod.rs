@@ -91,6 +91,8 @@ pub struct CudaSpec {
     pub shard: Shard,
     /// Ranks that the model is divided among: more than run where one of them is measured alone.
     pub divided: usize,
+    /// Tokens of the model, which may be more than the ranks that run have.
+    pub vocabulary: usize,
     /// Slots, and works in one step.
     pub max_running: usize,
     /// Rows of the largest step.
@@ -123,13 +125,7 @@ impl CudaSpec {
             format!("kernel {}", kernels::source_hash(product::SOURCE)),
             format!(
                 "model ranks={} hidden={} query-heads={} key-heads={} head={} inner={} vocabulary={}",
-                self.divided,
-                self.hidden,
-                heads.n_q,
-                heads.n_kv,
-                heads.dim,
-                self.inner,
-                self.split.n_vocab()
+                self.divided, self.hidden, heads.n_q, heads.n_kv, heads.dim, self.inner, self.vocabulary
             ),
         ])
     }
@@ -327,9 +323,12 @@ impl CudaDevice {
     /// An error with the steps that it may have come from, where a kernel has failed: calls of libraries say only that they
     /// did.
     fn explain_fault(&self, error: DeviceError, launching: Option<&StepMeta>) -> DeviceError {
+        let debug = self.spec.options.debug;
         let fault = match error {
+            // Kernels were waited for, so it is the call's own.
+            DeviceError::Fault(fault) if debug => return fault.of_the_call(),
             DeviceError::Fault(fault) => fault,
-            DeviceError::Cuda(text) if !self.spec.options.debug => match self.reached.reached() {
+            DeviceError::Cuda(text) if !debug => match self.reached.reached() {
                 Err(DeviceError::Fault(fault)) => fault.told_by(&text),
                 _ => return DeviceError::Cuda(text),
             },
