@@ -33,7 +33,7 @@ use crate::{
     device::{AHEAD_MAX, DeviceError},
     dummy::shapes,
     group::{Group, GroupError, GroupSpec, LoadProgress, Machine},
-    model::Weights,
+    model::{Shard, Weights},
     sampling::SamplingParams,
 };
 
@@ -99,6 +99,7 @@ impl Setup {
                 BenchDevice::Cuda => Machine::Cuda,
             },
             tensor_parallel: args.tensor_parallel,
+            rank_alone: args.rank_alone,
             threads: threads(args),
             block_tokens: BLOCK_TOKENS,
             n_blocks: cells.blocks(),
@@ -110,10 +111,7 @@ impl Setup {
                 BenchDevice::Cuda if !args.lockstep => AHEAD_MAX,
                 BenchDevice::Cuda | BenchDevice::Cpu => 1,
             },
-            record: !args.no_recordings,
-            portable: args.portable_kernels,
-            tuned: true,
-            profile: args.profile,
+            gpu: args.options(),
             random_kv: args.random_kv,
             fault: None,
         };
@@ -135,7 +133,8 @@ fn threads(args: &Measure) -> usize {
 }
 
 fn measure(args: &Measure) -> Result<(), BenchError> {
-    let mut report = Report::default();
+    args.check()?;
+    let mut report = Report::new(args.tuning());
     // Before this process has anything of the GPU.
     startup::measure(args, &mut report)?;
     let ceilings = Ceilings::new(args.device, threads(args))?;
@@ -165,13 +164,21 @@ fn measure(args: &Measure) -> Result<(), BenchError> {
     });
     let mut bench = Bench {
         group: &mut group,
-        floor: Floor::new(&config, args.device),
-        vocab: config.vocab_size,
-        ranks: args.tensor_parallel,
+        // Of the model; of one rank's part, if that runs alone.
+        floor: Floor::new(
+            &config,
+            args.device,
+            Shard {
+                rank: 0,
+                of: args.tensor_parallel / spec.n_members(),
+            },
+        ),
+        vocab: spec.vocabulary(&config).n_vocab(),
+        ranks: spec.n_members(),
         ceilings,
         spec,
         params: args.params(),
-        tuning: args.random_kv,
+        random_kv: args.random_kv,
         report: &mut report,
         runs: 0,
     };
@@ -228,7 +235,7 @@ struct Bench<'a> {
     spec: GroupSpec,
     /// Of generated tokens.
     params: SamplingParams,
-    tuning: bool,
+    random_kv: bool,
     report: &'a mut Report,
     /// Batches so far; makes every prompt a new one.
     runs: u64,
@@ -274,7 +281,7 @@ impl Bench<'_> {
         let (mut times, mut steps) = (Vec::new(), 0);
         for _ in 0..cell.repetitions {
             let batch = self.batch(cell.sequences, cell.prompt, cell.outputs);
-            let measured = if self.tuning {
+            let measured = if self.random_kv {
                 drive::decode_on_noise(self.group, batch, &self.params)?
             } else {
                 drive::decode(self.group, &self.spec, batch, &self.params)?
@@ -299,7 +306,6 @@ impl Bench<'_> {
             floor_ms: floor(rates),
             fraction: floor(rates) / ms,
             scaled_ms: rates.scaled().map(|scaled| ms * floor(scaled) / floor(rates)),
-            tuning: self.tuning.then_some("keys and values are random numbers"),
         });
         Ok(())
     }

@@ -87,6 +87,10 @@ pub struct Config {
     pub device: DeviceKind,
     /// On GPUs: kernels that are for one architecture are left alone.
     pub portable_kernels: bool,
+    /// On GPUs: the file that says how to multiply.
+    pub product_choices: Option<PathBuf>,
+    /// On GPUs: every kernel is waited for.
+    pub debug_kernels: bool,
     /// Ranks of the group.
     pub tensor_parallel: u32,
     /// Compute threads of all ranks together, at least one a rank.
@@ -155,6 +159,8 @@ impl Config {
             http_listen: args.http_listen,
             device: args.device,
             portable_kernels: args.kernels == Kernels::Portable,
+            product_choices: args.product_choices,
+            debug_kernels: args.debug_kernels,
             tensor_parallel: args.tensor_parallel,
             threads,
             max_model_len: args.max_model_len,
@@ -320,12 +326,31 @@ fn check_device(args: &WorkerArgs) -> Result<(), ConfigError> {
             "auto",
             "a number format asks for a device: give --device=cpu or --device=cuda, or --dtype=auto",
         ),
+        (DeviceKind::Cpu, _) if args.debug_kernels => refuse(
+            "debug-kernels",
+            true,
+            "GPU kernels; the CPU device has none: leave it out",
+        ),
         (DeviceKind::Cpu, _) if args.kernels == Kernels::Portable => refuse(
             "kernels",
             "portable",
             "GPU kernels; the CPU device has none: leave it out",
         ),
-        _ => check_memory(args),
+        _ => {
+            check_choices(args)?;
+            check_memory(args)
+        }
+    }
+}
+
+fn check_choices(args: &WorkerArgs) -> Result<(), ConfigError> {
+    match &args.product_choices {
+        Some(file) if args.device == DeviceKind::Cpu => refuse(
+            "product-choices",
+            file.display(),
+            "what GPUs choose between; the CPU device multiplies in one way: leave it out",
+        ),
+        _ => Ok(()),
     }
 }
 
@@ -428,6 +453,10 @@ mod tests {
             (
                 &["--dtype=bf16"],
                 "--dtype=bf16: the CPU device computes in fp32 alone; use --dtype=fp32 or --dtype=auto",
+            ),
+            (
+                &["--product-choices=/c.txt"],
+                "--product-choices=/c.txt: what GPUs choose between; the CPU device multiplies in one way: leave it out",
             ),
             (&["--max-running=0"], "--max-running=0: must be at least 1"),
             (&["--threads=0"], "--threads=0: must be at least 1"),

@@ -116,6 +116,57 @@ fn random_keys_and_values_are_called_a_tuning_aid() {
     assert!(table.contains("b5 (tuning)"), "{table}");
 }
 
+/// Half of a model that is divided in two, on its own: what it weighs, and what is said of every line.
+#[test]
+fn one_rank_of_a_group_runs_alone() {
+    let tiny = tiny();
+    let group = |more: &[&str]| {
+        let arguments = [
+            &[tiny.as_str()][..],
+            &ROW,
+            &["--tensor-parallel=2", "--startup=warm"],
+            more,
+        ]
+        .concat();
+        let (ok, lines, table) = bench(&arguments);
+        assert!(ok, "{table}");
+        (lines, table)
+    };
+    let (alone, table) = group(&["--rank-alone"]);
+    assert_eq!(alone.len(), 6, "a start, the group, and four cells");
+    for line in &alone {
+        let tuning = line["tuning"].as_str().unwrap_or_default();
+        assert!(
+            tuning.contains("one rank of 2 alone") && tuning.contains("no figure"),
+            "{line}"
+        );
+    }
+    for row in [
+        "a tuning aid, ",
+        "startup (tuning) ",
+        "TTFT 48 (tuning) ",
+        "b5 (tuning) ",
+    ] {
+        assert!(
+            table.lines().any(|line| line.starts_with(row)),
+            "{row:?} is not in:\n{table}"
+        );
+    }
+    let (both, _) = group(&[]);
+    let number = |lines: &[Value], measured: &str, name: &str| {
+        of(lines, measured)[0][name].as_f64().expect("a number")
+    };
+    for name in ["weights_bytes", "kv_bytes"] {
+        let share = number(&alone, "group", name) / number(&both, "group", name);
+        assert!((share - 0.5).abs() < 0.02, "{name}: {share} of both ranks'");
+    }
+    let share = number(&alone, "decode", "bytes_per_step") / number(&both, "decode", "bytes_per_step");
+    assert!(
+        (share - 0.5).abs() < 0.02,
+        "a step reads {share} of what both ranks read"
+    );
+}
+
 #[test]
 fn a_mistake_is_one_clear_line() {
     let tiny = tiny();
@@ -123,6 +174,8 @@ fn a_mistake_is_one_clear_line() {
         ("--batch=0", "--batch=0: give whole numbers from 1 on"),
         ("--output-tokens=2", "--output-tokens must be at least 3"),
         ("--tensor-parallel=3", "tensor parallel"),
+        ("--chain-kernels=on", "--chain-kernels needs --device=cuda"),
+        ("--rank-alone", "--rank-alone is for one rank of several"),
     ] {
         let (ok, lines, error) = bench(&[&tiny, flag, "--startup=none"]);
         assert!(!ok && lines.is_empty(), "{flag}");

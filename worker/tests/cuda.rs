@@ -10,6 +10,8 @@ mod draws;
 #[path = "cuda/grammars.rs"]
 mod grammars;
 mod support;
+#[path = "cuda/two.rs"]
+mod two;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -23,7 +25,7 @@ use swallow_worker::{
     checkpoint::LlamaConfig,
     device::{
         AHEAD_MAX,
-        cuda::{GroupId, check_products},
+        cuda::{GroupId, Options, Products, check_products},
     },
     group::{Group, GroupSpec, LoadProgress, Machine},
     model::{Dummy, Weights},
@@ -54,8 +56,20 @@ fn spec(machine: Machine) -> GroupSpec {
             Machine::Cpu => 1,
             Machine::Cuda => AHEAD_MAX,
         },
-        portable: std::env::var_os("SWALLOW_GPU_PORTABLE").is_some(),
+        gpu: Options {
+            portable: std::env::var_os("SWALLOW_GPU_PORTABLE").is_some(),
+            products: Products::First,
+            ..Options::default()
+        },
         ..support::spec(1)
+    }
+}
+
+/// A group of so many GPUs.
+fn on(ranks: usize) -> GroupSpec {
+    GroupSpec {
+        tensor_parallel: ranks,
+        ..spec(Machine::Cuda)
     }
 }
 
@@ -144,7 +158,7 @@ fn transformers_bf16(name: &str) -> Option<Bf16> {
     Some(serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
 }
 
-fn teacher_forced(name: &str, folder: &std::path::Path) -> bool {
+fn teacher_forced(name: &str, folder: &std::path::Path, ranks: usize) -> bool {
     let goldens: Goldens = goldens::read(name);
     goldens.check_weights(folder);
     let (requests, want): (Vec<Request>, Vec<Vec<f64>>) = goldens
@@ -164,7 +178,7 @@ fn teacher_forced(name: &str, folder: &std::path::Path) -> bool {
             )
         })
         .unzip();
-    let mut engine = Engine::start_with(folder, spec(Machine::Cuda), false);
+    let mut engine = Engine::start_with(folder, on(ranks), false);
     let got: Vec<Vec<f64>> = engine.run(&requests, 0).iter().map(logprobs).collect();
     let (got, want) = (got.concat(), want.concat());
     let bounds = transformers_bf16(name).map(|Bf16(lists)| {
@@ -177,19 +191,32 @@ fn teacher_forced(name: &str, folder: &std::path::Path) -> bool {
         "stated bound"
     };
     row(
-        &format!("{name}: {} log-probabilities, {against}", got.len()),
+        &format!(
+            "{name}, {}: {} log-probabilities, {against}",
+            gpus(ranks),
+            got.len()
+        ),
         apart(&got, &want),
         bounds.unwrap_or((MEAN, P99)),
     )
 }
 
+/// In words.
+fn gpus(n: usize) -> String {
+    if n == 1 {
+        "a GPU".into()
+    } else {
+        format!("{n} GPUs")
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU; tests/gpu runs it"]
 fn goldens_of_transformers() {
-    let mut good = teacher_forced("tiny", &fixture("tiny"));
-    good &= teacher_forced("odd", &fixture("odd"));
+    let mut good = teacher_forced("tiny", &fixture("tiny"), 1);
+    good &= teacher_forced("odd", &fixture("odd"), 1);
     if let Some(folder) = goldens::cached("smollm2") {
-        good &= teacher_forced("smollm2", &folder);
+        good &= teacher_forced("smollm2", &folder, 1);
     } else {
         println!("smollm2: not in the cache of models, left out");
     }
@@ -204,10 +231,14 @@ struct Large {
     fp32: Vec<Vec<f64>>,
 }
 
-/// However prompts are cut into steps, and beyond the positions that rotary frequencies were made for.
 #[test]
 #[ignore = "needs a GPU; tests/gpu runs it"]
 fn a_model_of_large_layers() {
+    large_layers(1);
+}
+
+/// However prompts are cut into steps, and beyond the positions that rotary frequencies were made for.
+fn large_layers(ranks: usize) {
     let Some(folder) = std::env::var_os("SWALLOW_GPU_REFERENCE").map(PathBuf::from) else {
         println!("transformers' texts of a model of large layers are not here, left out");
         return;
@@ -220,19 +251,19 @@ fn a_model_of_large_layers() {
     let requests: Vec<Request> = large.texts.into_iter().map(scored).collect();
     let spec = GroupSpec {
         max_step_tokens: 16_384,
-        ..spec(Machine::Cuda)
+        ..on(ranks)
     };
     let mut engine = Engine::start_with(&folder.join("large"), spec, false);
     let mut good = true;
     for chunk in [16_384, 1024, 256, 128] {
         engine.reset(chunk, false);
         let got: Vec<Vec<f64>> = engine.run(&requests, 0).iter().map(logprobs).collect();
-        let what = format!("large layers, steps of {chunk} tokens, 1.15 x bf16");
+        let what = format!("large layers, {}, steps of {chunk}, 1.15 x bf16", gpus(ranks));
         good &= row(&what, apart(&got.concat(), &want), bounds);
         // The longest alone, so that its far positions are not outnumbered.
         let (far, of) = (got.last().expect("several"), large.fp32.last().expect("several"));
         let theirs = apart(&large.bf16.last().expect("several")[8192..], &of[8192..]);
-        let what = format!("large layers, steps of {chunk}, beyond 8,192");
+        let what = format!("large layers, {}, steps of {chunk}, beyond 8,192", gpus(ranks));
         let bounds = (TRIANGLE * theirs.0, TRIANGLE * theirs.1);
         good &= row(&what, apart(&far[8192..], &of[8192..]), bounds);
     }
@@ -259,11 +290,9 @@ fn the_cpu_device() {
             .map(|&n| scored(ids(n as u64, n, 2048)))
             .collect();
         let run = |machine| -> Vec<f64> {
-            let tuned = GroupSpec {
-                tuned: true,
-                ..spec(machine)
-            };
-            let group = start(dummy(heads, kv_heads, dim), tuned);
+            let mut fastest = spec(machine);
+            fastest.gpu.products = Products::Measured;
+            let group = start(dummy(heads, kv_heads, dim), fastest);
             let mut engine = Engine::of(group, spec(machine), false);
             engine.run(&requests, 1).iter().flat_map(logprobs).collect()
         };
@@ -432,11 +461,11 @@ fn compare_generated(
 fn recorded_and_launched_steps_are_equal() {
     for (heads, kv_heads, dim) in [(8, 1, 128), (9, 3, 64), (6, 2, 80)] {
         let run = |record| {
-            let spec = GroupSpec {
-                record,
+            let mut spec = GroupSpec {
                 max_running: 40,
                 ..spec(Machine::Cuda)
             };
+            spec.gpu.record = record;
             let group = start(dummy(heads, kv_heads, dim), spec.clone());
             let mut engine = Engine::of(group, spec, false);
             let mut outcomes = Vec::new();

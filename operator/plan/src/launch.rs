@@ -244,6 +244,8 @@ pub fn group_template(valid: &Valid, images: &Images) -> GroupTemplate {
             EngineKernels::Auto => Kernels::Auto,
             EngineKernels::Portable => Kernels::Portable,
         },
+        product_choices: None,
+        debug_kernels: false,
         tensor_parallel: spec.parallelism.tensor,
         threads: valid.threads,
         max_model_len: engine.max_model_len,

@@ -100,6 +100,13 @@ pub struct WorkerArgs {
     /// Which GPU kernels may be used: portable leaves those alone that are for one architecture
     #[arg(long, value_enum, default_value = "auto")]
     pub kernels: Kernels,
+    /// On GPUs, the ways to multiply from this file, which a start keeps below SWALLOW_CACHE, so that every start has the
+    /// same bits [default: what an earlier start has kept, and what is measured]
+    #[arg(long, value_name = "FILE")]
+    pub product_choices: Option<PathBuf>,
+    /// On GPUs, wait for every kernel, so that one that fails is named: slow, to look for a fault
+    #[arg(long)]
+    pub debug_kernels: bool,
     /// Ranks of the group; the model's heads must divide by it
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub tensor_parallel: u32,
@@ -178,6 +185,11 @@ impl WorkerArgs {
         argv.choice("device", self.device);
         argv.choice("dtype", self.dtype);
         argv.choice("kernels", self.kernels);
+        argv.optional(
+            "product-choices",
+            self.product_choices.as_ref().map(|path| path.display()),
+        );
+        argv.switch("debug-kernels", self.debug_kernels);
         argv.flag("tensor-parallel", self.tensor_parallel);
         argv.optional("threads", self.threads);
         argv.optional("max-model-len", self.max_model_len);
@@ -243,6 +255,8 @@ mod tests {
             dtype: Dtype::Bf16,
             load_format: LoadFormat::Dummy,
             kernels: Kernels::Portable,
+            product_choices: Some("/choices/h200.txt".into()),
+            debug_kernels: true,
             tensor_parallel: 4,
             threads: Some(3),
             max_model_len: Some(8192),

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use super::{BenchError, load::Load};
-use crate::sampling::SamplingParams;
+use crate::{
+    device::cuda::{Chain, Options, Products},
+    sampling::SamplingParams,
+};
 
 /// Arguments of `bench`.
 #[derive(Clone, Debug, clap::Args)]
@@ -70,7 +73,8 @@ pub enum Cold {
     None,
     /// With the kernels that this user's cache has.
     Warm,
-    /// Without any compiled kernel, then again with those kernels.
+    /// Without any compiled kernel, then again with those kernels, and on GPUs a third time with the ways to multiply that
+    /// the first has kept.
     Cold,
 }
 
@@ -92,6 +96,9 @@ pub(super) struct Measure {
     /// Ranks of the group.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(super) tensor_parallel: usize,
+    /// For tuning, not for publishing: of the group's ranks the first one runs alone, and nothing is summed over ranks.
+    #[arg(long)]
+    pub(super) rank_alone: bool,
     /// Threads of all ranks together [default: one a core].
     #[arg(long, value_name = "N")]
     pub(super) threads: Option<usize>,
@@ -143,6 +150,19 @@ pub(super) struct Measure {
     /// On a GPU: leave kernels alone that are for one architecture.
     #[arg(long)]
     pub(super) portable_kernels: bool,
+    /// On a GPU: the ways to multiply from this file, which a start has kept.
+    #[arg(long, value_name = "FILE", conflicts_with = "measure_products")]
+    pub(super) product_choices: Option<PathBuf>,
+    /// On a GPU: measure the ways to multiply at this start, and leave alone what earlier ones have kept.
+    #[arg(long)]
+    pub(super) measure_products: bool,
+    /// For tuning, not for publishing, on a GPU: whether kernels begin before the one in front of them is done. Auto is what
+    /// is served: in a group of one alone.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) chain_kernels: Chain,
+    /// On a GPU: wait for every kernel, so that one that fails is named. Nothing is recorded.
+    #[arg(long)]
+    pub(super) debug_kernels: bool,
     /// On a GPU: instead of measuring, tell where the time of a step goes, operation by operation. Keys and values are
     /// what the memory holds.
     #[arg(long)]
@@ -183,6 +203,46 @@ impl Measure {
         }
     }
 
+    /// How GPUs compute.
+    pub(super) fn options(&self) -> Options {
+        Options {
+            record: !self.no_recordings,
+            portable: self.portable_kernels,
+            products: match &self.product_choices {
+                Some(file) => Products::Pinned(file.clone()),
+                None if self.measure_products => Products::Measured,
+                None => Products::Kept,
+            },
+            profile: self.profile,
+            debug: self.debug_kernels,
+            chain: self.chain_kernels,
+        }
+    }
+
+    /// Why nothing of this run is a figure to publish, if so.
+    pub(super) fn tuning(&self) -> Option<String> {
+        let alone = || {
+            format!(
+                "one rank of {} alone, without sums over ranks",
+                self.tensor_parallel
+            )
+        };
+        let why = [
+            self.rank_alone.then(alone),
+            self.random_kv
+                .then(|| "keys and values are random numbers".to_owned()),
+            self.debug_kernels
+                .then(|| "every kernel is waited for".to_owned()),
+            match self.chain_kernels {
+                Chain::Auto => None,
+                Chain::On => Some("kernels are chained".to_owned()),
+                Chain::Off => Some("kernels are not chained".to_owned()),
+            },
+        ];
+        let why: Vec<String> = why.into_iter().flatten().collect();
+        (!why.is_empty()).then(|| format!("a tuning aid, no figure to publish: {}", why.join("; ")))
+    }
+
     pub(super) fn check(&self) -> Result<(), BenchError> {
         let flag = |text: &str| Err(BenchError::Flag(text.to_owned()));
         if self.load_format() == LoadFormat::Safetensors && self.shape.is_some() {
@@ -196,11 +256,23 @@ impl Measure {
         if self.output_tokens.is_some_and(|n| n < 3) {
             return flag("--output-tokens must be at least 3: a step is measured from the one before it");
         }
-        if self.profile && self.device == BenchDevice::Cpu {
-            return flag("--profile needs --device=cuda");
+        let of_gpus = [
+            ("profile", self.profile),
+            ("product-choices", self.product_choices.is_some()),
+            ("measure-products", self.measure_products),
+            ("chain-kernels", self.chain_kernels != Chain::Auto),
+            ("debug-kernels", self.debug_kernels),
+        ];
+        if let Some((name, _)) = of_gpus.into_iter().find(|(_, given)| *given)
+            && self.device == BenchDevice::Cpu
+        {
+            return flag(&format!("--{name} needs --device=cuda"));
         }
         if self.threads == Some(0) || self.tensor_parallel == 0 {
             return flag("--threads and --tensor-parallel must be at least 1");
+        }
+        if self.rank_alone && self.tensor_parallel == 1 {
+            return flag("--rank-alone is for one rank of several; give --tensor-parallel, or leave it out");
         }
         if !(1..=100).contains(&self.device_memory_percent) {
             return flag("--device-memory-percent must be from 1 to 100");
@@ -239,10 +311,23 @@ impl Measure {
             "device-memory-percent",
             Some(self.device_memory_percent.to_string()),
         );
+        flag(
+            "chain-kernels",
+            choice(&|| self.chain_kernels.to_possible_value()),
+        );
+        flag(
+            "product-choices",
+            self.product_choices
+                .as_ref()
+                .map(|path| path.display().to_string()),
+        );
         for (name, is_set) in [
+            ("rank-alone", self.rank_alone),
             ("lockstep", self.lockstep),
             ("no-recordings", self.no_recordings),
             ("portable-kernels", self.portable_kernels),
+            ("measure-products", self.measure_products),
+            ("debug-kernels", self.debug_kernels),
         ] {
             argv.extend(is_set.then(|| format!("--{name}")));
         }
@@ -290,8 +375,9 @@ mod tests {
 
     #[test]
     fn a_start_is_measured_with_the_same_group() {
-        let words = "bench --shape=llama-3-8b --device=cuda --tensor-parallel=2 --batch=1,8 --context=9 --lockstep \
-                     --max-step-tokens=100 --prefill-tokens=none --device-memory-percent=50";
+        let words = "bench --shape=llama-3-8b --device=cuda --tensor-parallel=2 --rank-alone --batch=1,8 --context=9 --lockstep \
+                     --max-step-tokens=100 --prefill-tokens=none --device-memory-percent=50 --product-choices=c.txt \
+                     --chain-kernels=on --debug-kernels";
         let words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
         let asked = parse(&words).measure;
         let Some(Other::Startup(child)) = parse(&asked.startup_argv()).other else {

@@ -4,7 +4,8 @@
 use super::{BenchDevice, BenchError, ceiling};
 use crate::{
     checkpoint::LlamaConfig,
-    device::{cpu::Isa, cuda},
+    device::{Heads, cpu::Isa, cuda},
+    model::Shard,
 };
 
 /// What all machines of a group reach together.
@@ -85,7 +86,7 @@ impl Ceilings {
     }
 }
 
-/// A model's numbers.
+/// The numbers of a model, or of one rank's part of it.
 pub(super) struct Floor {
     /// In the matrices of all layers.
     layers: f64,
@@ -100,14 +101,16 @@ pub(super) struct Floor {
 }
 
 impl Floor {
-    pub(super) fn new(config: &LlamaConfig, device: BenchDevice) -> Self {
-        let c = config;
-        let attention = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.hidden_size;
+    pub(super) fn new(config: &LlamaConfig, device: BenchDevice, part: Shard) -> Self {
+        let (layers, hidden) = (config.n_layers, config.hidden_size);
+        let Heads { n_q, n_kv, dim } = part.heads(config);
+        let attention = 2 * (n_q + n_kv) * dim * hidden;
+        let inner = part.part(config.intermediate_size).len();
         Self {
-            layers: (c.n_layers * (attention + 3 * c.intermediate_size * c.hidden_size)) as f64,
-            head: (c.vocab_size * c.hidden_size) as f64,
-            query: (c.n_layers * c.n_heads * c.head_dim) as f64,
-            kv: (2 * c.n_layers * c.n_kv_heads * c.head_dim) as f64,
+            layers: (layers * (attention + 3 * inner * hidden)) as f64,
+            head: (part.part(config.vocab_size).len() * hidden) as f64,
+            query: (layers * n_q * dim) as f64,
+            kv: (2 * layers * n_kv * dim) as f64,
             number_bytes: match device {
                 BenchDevice::Cpu => 4.0,
                 BenchDevice::Cuda => 2.0,
@@ -168,7 +171,7 @@ mod tests {
     fn floors_are_those_of_the_published_table() {
         let text = super::super::shapes::config("llama-3-8b").expect("known");
         let config = LlamaConfig::parse(Path::new("config.json"), text.as_bytes()).expect("accepted");
-        let floor = Floor::new(&config, BenchDevice::Cuda);
+        let floor = Floor::new(&config, BenchDevice::Cuda, Shard { rank: 0, of: 1 });
         let rates = Rates::of_gpus(&peaks(4269e9, 4100e9, 771e12), 1);
         assert_eq!(rates.scaled(), None);
         let ms = |batch| 1e3 * floor.decode_seconds(batch, 1088, rates);

@@ -16,8 +16,8 @@ pub(super) fn blocks(config: &LlamaConfig, spec: &GroupSpec, percent: u32) -> Re
     if spec.machine == Machine::Cpu {
         return Ok(spec.n_blocks);
     }
-    let ranks = spec.tensor_parallel;
-    if let Some(obstacle) = config.tensor_parallel_obstacle(ranks) {
+    let ranks = spec.n_members();
+    if let Some(obstacle) = config.tensor_parallel_obstacle(spec.tensor_parallel) {
         return Err(BenchError::Flag(obstacle));
     }
     let survey = cuda::survey(ranks)?;
@@ -25,7 +25,11 @@ pub(super) fn blocks(config: &LlamaConfig, spec: &GroupSpec, percent: u32) -> Re
     let rank = (planned.weights_bytes + planned.workspace_bytes).div_ceil(ranks as u64);
     let used = survey.total_bytes - survey.free_bytes;
     let left = (survey.total_bytes / 100 * u64::from(percent)).saturating_sub(used + rank);
-    let heads = Shard { rank: 0, of: ranks }.heads(config);
+    let rank_0 = Shard {
+        rank: 0,
+        of: spec.tensor_parallel,
+    };
+    let heads = rank_0.heads(config);
     let block = 2 * config.n_layers * heads.n_kv * heads.dim * BLOCK_TOKENS * NUMBER_BYTES;
     let most = u32::MAX as usize / BLOCK_TOKENS - 1;
     let blocks = usize::try_from(left).unwrap_or(usize::MAX) / block;

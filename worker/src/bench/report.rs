@@ -13,8 +13,8 @@ pub(super) enum Line {
         seconds: f64,
         /// Of that, from the start of the group to the end of its warm-up step.
         group_seconds: f64,
-        /// No compiled kernel was there.
-        cold: bool,
+        /// What earlier starts had left for it.
+        kept: Kept,
     },
     Group {
         model: String,
@@ -64,9 +64,6 @@ pub(super) enum Line {
         fraction: f64,
         #[serde(skip_serializing_if = "Option::is_none")]
         scaled_ms: Option<f64>,
-        /// Why this is no figure to publish.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        tuning: Option<&'static str>,
     },
     /// Of a step under `--profile`: for tuning, not a figure of the whole.
     Operation {
@@ -84,6 +81,17 @@ pub(super) enum Line {
     },
 }
 
+/// What a start finds of earlier ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Kept {
+    Nothing,
+    /// Compiled, where the device has such.
+    Kernels,
+    /// Kernels, and the ways to multiply that are fastest.
+    Choices,
+}
+
 /// What a profiled step is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Mix {
@@ -98,16 +106,40 @@ pub(super) struct Mix {
 #[derive(Debug, Default)]
 pub(super) struct Report {
     lines: Vec<Line>,
+    tuning: Option<String>,
+}
+
+/// A line as it is printed.
+#[derive(Serialize)]
+struct Printed<'a> {
+    #[serde(flatten)]
+    line: &'a Line,
+    /// Why this is no figure to publish.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tuning: Option<&'a str>,
 }
 
 impl Report {
+    /// `tuning` says why none of the lines is a figure to publish, if so.
+    pub(super) fn new(tuning: Option<String>) -> Self {
+        Self {
+            lines: Vec::new(),
+            tuning,
+        }
+    }
+
     /// Prints a line and keeps it for the table.
     pub(super) fn add(&mut self, line: Line) {
-        println!(
-            "{}",
-            serde_json::to_string(&line).expect("a line has neither maps nor failing values")
-        );
+        println!("{}", self.json(&line));
         self.lines.push(line);
+    }
+
+    fn json(&self, line: &Line) -> String {
+        let printed = Printed {
+            line,
+            tuning: self.tuning.as_deref(),
+        };
+        serde_json::to_string(&printed).expect("a line has neither maps nor failing values")
     }
 
     /// Writes the table to stderr.
@@ -117,6 +149,9 @@ impl Report {
 
     fn render(&self) -> String {
         let mut text = String::new();
+        if let Some(tuning) = &self.tuning {
+            let _ = writeln!(text, "\n{tuning}");
+        }
         for line in &self.lines {
             if let Line::Group {
                 model,
@@ -187,13 +222,16 @@ impl Report {
 
     fn cells(&self) -> String {
         let mut text = String::new();
-        let cells: Vec<Cell> = self.lines.iter().filter_map(Line::cell).collect();
+        let mut cells: Vec<Cell> = self.lines.iter().filter_map(Line::cell).collect();
+        if self.tuning.is_some() {
+            cells.iter_mut().for_each(|cell| cell.name += " (tuning)");
+        }
         if cells.is_empty() {
             return text;
         }
         let _ = writeln!(
             text,
-            "{:<16} {:>10} {:>10} {:>9} {:>10}  all",
+            "{:<24} {:>10} {:>10} {:>9} {:>10}  all",
             "", "median ms", "floor ms", "fraction", "scaled ms"
         );
         for cell in &cells {
@@ -204,7 +242,7 @@ impl Report {
             let all: Vec<String> = cell.all.iter().map(|ms| format!("{ms:.2}")).collect();
             let _ = writeln!(
                 text,
-                "{:<16} {:>10.2} {:>10} {:>9} {:>10}  {}",
+                "{:<24} {:>10.2} {:>10} {:>9} {:>10}  {}",
                 cell.name,
                 cell.ms,
                 some(cell.floor, 2),
@@ -239,8 +277,13 @@ impl Line {
     fn cell(&self) -> Option<Cell> {
         match self {
             Self::Group { .. } | Self::Operation { .. } => None,
-            Self::Startup { seconds, cold, .. } => Some(Cell {
-                name: if *cold { "startup, cold" } else { "startup" }.to_owned(),
+            Self::Startup { seconds, kept, .. } => Some(Cell {
+                name: match kept {
+                    Kept::Nothing => "startup, cold",
+                    Kept::Kernels => "startup",
+                    Kept::Choices => "startup, again",
+                }
+                .to_owned(),
                 ms: 1e3 * seconds,
                 floor: None,
                 scaled: None,
@@ -266,10 +309,9 @@ impl Line {
                 repetitions_ms,
                 floor_ms,
                 scaled_ms,
-                tuning,
                 ..
             } => Some(Cell {
-                name: format!("b{batch}{}", if tuning.is_some() { " (tuning)" } else { "" }),
+                name: format!("b{batch}"),
                 ms: *step_ms,
                 floor: Some(*floor_ms),
                 scaled: *scaled_ms,
@@ -290,7 +332,7 @@ mod tests {
                 Line::Startup {
                     seconds: 2.5,
                     group_seconds: 2.0,
-                    cold: true,
+                    kept: Kept::Nothing,
                 },
                 Line::FirstToken {
                     tokens: 1024,
@@ -301,11 +343,12 @@ mod tests {
                     scaled_ms: Some(20.0),
                 },
             ],
+            tuning: None,
         };
         let table = report.render();
         for line in [
-            "startup, cold       2500.00          -         -          -  ",
-            "TTFT 1024             24.00      18.00      0.75      20.00  23.00 24.00 25.00",
+            "startup, cold               2500.00          -         -          -  ",
+            "TTFT 1024                     24.00      18.00      0.75      20.00  23.00 24.00 25.00",
             "| startup, cold | TTFT 1024 |",
             "|---|---|",
             "| 2500.00 | 24.00 |",
@@ -337,6 +380,7 @@ mod tests {
         let alone = Mix { batch: 1, ..step };
         let report = Report {
             lines: vec![of("attention", step), of("sample", step), of("attention", alone)],
+            tuning: None,
         };
         let table = report.render();
         let starts: Vec<&str> = table
@@ -348,7 +392,7 @@ mod tests {
             ["8", "calls", "attention", "sample", "1", "calls", "attention"],
             "{table}"
         );
-        let json = serde_json::to_value(&report.lines[0]).expect("JSON");
+        let json: serde_json::Value = serde_json::from_str(&report.json(&report.lines[0])).expect("JSON");
         assert_eq!(
             (&json["measured"], &json["batch"]),
             (&"operation".into(), &8.into())

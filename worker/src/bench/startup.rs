@@ -13,9 +13,9 @@ use serde::Deserialize;
 
 use super::{
     BenchError, Setup,
-    args::{Cold, Measure},
+    args::{BenchDevice, Cold, Measure},
     drive,
-    report::{Line, Report},
+    report::{Kept, Line, Report},
 };
 use crate::group::{Group, LoadProgress};
 
@@ -27,29 +27,42 @@ const PROMPT: usize = 16;
 struct Started {
     seconds: f64,
     group_seconds: f64,
+    /// Why these are no figures to publish, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tuning: Option<String>,
 }
 
-/// Measures the starts that `args` asks for.
+/// Measures the starts that `args` asks for. The figure of a start with kernels is one that measures how to multiply:
+/// what an earlier start has found out makes no part of it.
 pub(super) fn measure(args: &Measure, report: &mut Report) -> Result<(), BenchError> {
-    let mut start = |cache: Option<&Scratch>, cold| -> Result<(), BenchError> {
+    let measured = Measure {
+        measure_products: args.device == BenchDevice::Cuda && args.product_choices.is_none(),
+        ..args.clone()
+    };
+    let mut start = |args: &Measure, cache: Option<&Scratch>, kept| -> Result<(), BenchError> {
         let Started {
             seconds,
             group_seconds,
+            ..
         } = spawn(args, cache)?;
         report.add(Line::Startup {
             seconds,
             group_seconds,
-            cold,
+            kept,
         });
         Ok(())
     };
     match args.startup() {
         Cold::None => Ok(()),
-        Cold::Warm => start(None, false),
+        Cold::Warm => start(&measured, None, Kept::Kernels),
         Cold::Cold => {
             let cache = Scratch::new()?;
-            start(Some(&cache), true)?;
-            start(Some(&cache), false)
+            start(args, Some(&cache), Kept::Nothing)?;
+            start(&measured, Some(&cache), Kept::Kernels)?;
+            match measured.measure_products && !args.measure_products {
+                true => start(args, Some(&cache), Kept::Choices),
+                false => Ok(()),
+            }
         }
     }
 }
@@ -91,7 +104,7 @@ fn spawn(args: &Measure, cache: Option<&Scratch>) -> Result<Started, BenchError>
 /// Starts the group in this process, computes one token, and prints how long ago the process began.
 pub(super) fn run(args: &Measure) -> Result<(), BenchError> {
     let Setup { weights, spec, .. } = Setup::new(args)?;
-    let vocab = weights.config().vocab_size;
+    let vocab = spec.vocabulary(weights.config()).n_vocab();
     let begun = Instant::now();
     let mut group = Group::start(weights, spec.clone(), Arc::new(LoadProgress::default()))?;
     let group_seconds = begun.elapsed().as_secs_f64();
@@ -106,10 +119,11 @@ pub(super) fn run(args: &Measure) -> Result<(), BenchError> {
     let started = Started {
         seconds: process_age()?,
         group_seconds,
+        tuning: args.tuning(),
     };
     println!(
         "{}",
-        serde_json::to_string(&started).expect("two numbers are JSON")
+        serde_json::to_string(&started).expect("numbers and a text are JSON")
     );
     Ok(())
 }

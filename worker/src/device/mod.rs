@@ -112,9 +112,15 @@ pub enum DeviceError {
         /// Of the row in its sequence.
         position: u32,
     },
+    /// The ways to multiply are not those that were asked for.
+    #[error(transparent)]
+    Choices(#[from] cuda::ChoicesError),
     /// A GPU, or a library that drives it, failed. The message names the call or the kernel.
     #[error("{0}")]
     Cuda(String),
+    /// A kernel of a GPU failed some time after its launch.
+    #[error("{0}")]
+    Fault(cuda::KernelFault),
     /// A library that drives GPUs cannot be used.
     #[error(transparent)]
     Library(#[from] cuda::LibraryError),
@@ -126,6 +132,12 @@ pub enum DeviceError {
         /// What it was for.
         what: &'static str,
     },
+}
+
+impl From<cuda::KernelFault> for DeviceError {
+    fn from(fault: cuda::KernelFault) -> Self {
+        Self::Fault(fault)
+    }
 }
 
 /// Bytes that a device has allocated.
@@ -271,7 +283,7 @@ pub trait Device {
         Ok(())
     }
 
-    /// As [`Device::prepare`], for the head.
+    /// As [`Device::prepare`], for the head, which comes last.
     ///
     /// # Errors
     /// If the device fails.
@@ -389,6 +401,12 @@ pub trait Device {
         head: &Self::Matrix,
         split: &VocabSplit,
     ) -> Result<(), DeviceError>;
+
+    /// An error of a step with what is known of where it comes from; `launching` is the step that was being given when it
+    /// came.
+    fn explain(&self, error: DeviceError, _launching: Option<&StepMeta>) -> DeviceError {
+        error
+    }
 
     /// What came of the oldest step that has not landed; `None` if it is still computed. At most [`AHEAD_MAX`] steps
     /// may be waiting to land.

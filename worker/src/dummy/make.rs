@@ -73,7 +73,7 @@ pub enum MakeError {
     },
 }
 
-/// A tensor and where it lies in its file.
+/// A tensor.
 struct Entry {
     name: String,
     shape: Vec<usize>,

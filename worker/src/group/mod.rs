@@ -5,14 +5,17 @@
 //! a panic, a stall, or ranks that disagree, it names rank and step and never runs again.
 
 mod error;
+mod loading;
 mod planned;
 mod rank;
+mod result;
+mod spec;
 
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex, OnceLock,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex,
+        atomic::Ordering,
         mpsc::{self, Receiver, Sender},
     },
     thread::JoinHandle,
@@ -20,195 +23,26 @@ use std::{
 };
 
 pub use error::{Cause, GroupError};
+pub use loading::{LoadProgress, MemoryReport, RankMemory};
 pub use planned::on_gpus as planned_on_gpus;
+pub use result::{PromptScores, Sampled, StepResult};
+pub use spec::{Fault, FaultKind, GroupSpec, Machine};
 use swallow_schedule::{BlockId, Input, SeqId, Slot, Step, StepId, Work};
 
 use crate::{
-    checkpoint::LlamaConfig,
-    device::{
-        AHEAD_MAX, DeviceError, HeadOut, HeadUse, Landed, OpTime, StepMeta, StepShape, cpu::Exchange,
-        cuda::GroupId,
-    },
-    model::{Shard, Slice, Weights},
-    sampling::{Sampler, SamplingParams, TokenScore},
+    device::{DeviceError, Landed, StepMeta, StepShape, cpu::Exchange, cuda::GroupId},
+    model::{Shard, Weights},
+    sampling::{Sampler, SamplingParams},
 };
+use loading::bytes_to_read;
 use rank::{Answer, Done, Job, Member};
+use result::collect;
+use spec::check;
 
 /// The number of the step in which ranks load and warm up.
 const FIRST_STEP: u64 = 0;
 /// Rows of the warm-up step.
 const WARM_UP_ROWS: usize = 8;
-
-/// What ranks compute on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Machine {
-    /// This machine's processors, in fp32.
-    #[default]
-    Cpu,
-    /// One NVIDIA GPU a rank, in bf16.
-    Cuda,
-}
-
-/// How a group is made.
-#[derive(Clone, Debug)]
-pub struct GroupSpec {
-    /// What the ranks compute on.
-    pub machine: Machine,
-    /// Ranks.
-    pub tensor_parallel: usize,
-    /// Threads of all ranks together on processors; each rank has at least one.
-    pub threads: usize,
-    /// Tokens in one block.
-    pub block_tokens: usize,
-    /// Blocks in the pool; every rank holds its heads of each.
-    pub n_blocks: usize,
-    /// Slots.
-    pub max_running: usize,
-    /// Rows of the largest step.
-    pub max_step_tokens: usize,
-    /// Longest sequence.
-    pub max_model_len: usize,
-    /// A step that takes longer has stalled.
-    pub step_timeout: Duration,
-    /// Steps that may be launched before the first of them is finished, 1 or 2. With 2 a device that runs by itself
-    /// never waits for the host between steps, and what arrives in a step waits for one more.
-    pub steps_ahead: usize,
-    /// On GPUs: decode steps are recorded at start and replayed.
-    pub record: bool,
-    /// On GPUs: kernels that are for one architecture are left alone.
-    pub portable: bool,
-    /// On GPUs: of several ways to multiply, the one that is fastest at start. Without, always the same one, so that two
-    /// starts give the same bits.
-    pub tuned: bool,
-    /// On GPUs: tell where the time of each step goes. Steps are slower, and none is recorded.
-    pub profile: bool,
-    /// For benchmarks: keys and values are random numbers from the start, as if something had been computed.
-    pub random_kv: bool,
-    /// Test instrument, on no command line: a rank that misbehaves.
-    pub fault: Option<Fault>,
-}
-
-/// Test instrument: what goes wrong, where, and in which step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
-    /// Who.
-    pub rank: usize,
-    /// When.
-    pub step: u64,
-    /// What.
-    pub kind: FaultKind,
-}
-
-/// Ways to fail.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FaultKind {
-    /// The rank's thread panics.
-    Panic,
-    /// The rank does nothing until the group is gone.
-    Stall,
-    /// The rank's residual stream is changed.
-    Diverge,
-}
-
-/// How far loading is, for whoever watches from another thread.
-#[derive(Debug, Default)]
-pub struct LoadProgress {
-    /// Bytes of the checkpoint's files that the ranks read in all; what several ranks read counts for each.
-    pub bytes_total: AtomicU64,
-    /// Bytes read so far.
-    pub bytes_done: AtomicU64,
-    /// When the first rank began to read.
-    began: OnceLock<Instant>,
-    /// How long it took until every rank had its weights.
-    took: OnceLock<Duration>,
-}
-
-impl LoadProgress {
-    /// A rank begins to read.
-    fn begin(&self) {
-        self.began.get_or_init(Instant::now);
-    }
-
-    /// Every rank has its weights.
-    fn end(&self) {
-        if let Some(began) = self.began.get() {
-            self.took.get_or_init(|| began.elapsed());
-        }
-    }
-
-    /// How long reading took, from the first rank's first byte to the last one's last; `None` until then.
-    pub fn took(&self) -> Option<Duration> {
-        self.took.get().copied()
-    }
-}
-
-/// Bytes that were allocated, not planned.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RankMemory {
-    /// Weights, in the device's layout.
-    pub weights_bytes: u64,
-    /// Keys and values.
-    pub kv_bytes: u64,
-    /// Activations, scratch and exchange.
-    pub workspace_bytes: u64,
-    /// All memory of the rank's GPU; 0 on processors.
-    pub gpu_bytes: u64,
-    /// What of it nobody uses.
-    pub gpu_free_bytes: u64,
-}
-
-/// Memory of a group.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MemoryReport {
-    /// By rank.
-    pub ranks: Vec<RankMemory>,
-    /// All ranks together.
-    pub total: RankMemory,
-}
-
-/// A generated token.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sampled {
-    /// Whose.
-    pub seq: SeqId,
-    /// Which.
-    pub token: u32,
-    /// If log-probabilities were asked for.
-    pub score: Option<TokenScore>,
-}
-
-/// Scores of consecutive prompt tokens.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PromptScores {
-    /// Whose.
-    pub seq: SeqId,
-    /// Position of the first scored token; the token at position 0 has no score.
-    pub first_position: u32,
-    /// One a token.
-    pub scores: Vec<TokenScore>,
-}
-
-/// What a step computed.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct StepResult {
-    /// One for each work that samples, in order of works.
-    pub sampled: Vec<Sampled>,
-    /// One for each work whose rows predict prompt tokens that are to be scored.
-    pub prompt_scores: Vec<PromptScores>,
-    /// It ran from a recording.
-    pub replayed: bool,
-    /// Time that ranks spent meeting each other; that of the rank that spent most.
-    pub exchanged: Option<Duration>,
-    /// Where the first rank's time went, of a group that was told to look.
-    pub op_times: Vec<OpTime>,
-}
-
-impl StepResult {
-    /// The ids alone, as the scheduler commits them.
-    pub fn tokens(&self) -> Vec<u32> {
-        self.sampled.iter().map(|s| s.token).collect()
-    }
-}
 
 /// A running group. Dropping it ends the ranks' threads.
 pub struct Group {
@@ -250,24 +84,23 @@ impl Group {
         progress: Arc<LoadProgress>,
     ) -> Result<Group, GroupError> {
         let weights = weights.into();
-        let n_vocab = weights.config().vocab_size;
+        check(&spec, weights.config())?;
         let shape = StepShape {
             block_tokens: spec.block_tokens,
             n_blocks: spec.n_blocks,
             max_running: spec.max_running,
             max_rows: spec.max_step_tokens,
             max_model_len: spec.max_model_len,
-            n_vocab,
+            n_vocab: spec.vocabulary(weights.config()).n_vocab(),
         };
-        check(&spec, weights.config())?;
         let id = meeting_point(&spec)?;
         progress
             .bytes_total
-            .store(bytes_to_read(&weights, spec.tensor_parallel), Ordering::Relaxed);
+            .store(bytes_to_read(&weights, &spec), Ordering::Relaxed);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = spec.threads.max(spec.tensor_parallel);
+        let threads = spec.threads.max(spec.n_members());
         let exchange = Arc::new(Exchange::new(
-            spec.tensor_parallel,
+            spec.n_members(),
             spec.max_step_tokens,
             threads > cores,
         ));
@@ -284,18 +117,14 @@ impl Group {
             flights: VecDeque::new(),
             broken: None,
         };
-        for rank in 0..spec.tensor_parallel {
+        for rank in 0..spec.n_members() {
+            let of_threads = Shard {
+                rank,
+                of: spec.n_members(),
+            };
             let member = Member {
-                shard: Shard {
-                    rank,
-                    of: spec.tensor_parallel,
-                },
-                threads: (Shard {
-                    rank,
-                    of: spec.tensor_parallel,
-                })
-                .part(threads)
-                .len(),
+                rank,
+                threads: of_threads.part(threads).len(),
                 spec: spec.clone(),
                 weights: weights.clone(),
                 id,
@@ -549,94 +378,11 @@ impl Drop for Group {
 
 /// What GPUs need to find each other.
 fn meeting_point(spec: &GroupSpec) -> Result<Option<GroupId>, GroupError> {
-    if spec.machine == Machine::Cpu || spec.tensor_parallel == 1 {
+    if spec.machine == Machine::Cpu || spec.n_members() == 1 {
         return Ok(None);
     }
     GroupId::new().map(Some).map_err(|error| GroupError::Load {
         rank: 0,
         cause: error.into(),
     })
-}
-
-fn check(spec: &GroupSpec, config: &LlamaConfig) -> Result<(), GroupError> {
-    if let Some(obstacle) = config.tensor_parallel_obstacle(spec.tensor_parallel) {
-        return Err(GroupError::Spec(obstacle));
-    }
-    let counts = [
-        ("block_tokens", spec.block_tokens),
-        ("n_blocks", spec.n_blocks),
-        ("max_running", spec.max_running),
-        ("max_step_tokens", spec.max_step_tokens),
-        ("max_model_len", spec.max_model_len),
-        ("steps_ahead", spec.steps_ahead),
-    ];
-    for (name, count) in counts {
-        if count == 0 {
-            return Err(GroupError::Spec(format!("{name} is 0; it must be at least 1")));
-        }
-    }
-    if spec.steps_ahead > AHEAD_MAX {
-        return Err(GroupError::Spec(format!(
-            "steps_ahead is {}; it must be at most {AHEAD_MAX}",
-            spec.steps_ahead
-        )));
-    }
-    if spec.n_blocks.saturating_mul(spec.block_tokens) > u32::MAX as usize {
-        return Err(GroupError::Spec(format!(
-            "{} blocks of {} tokens are more than 2^32 tokens; lower the memory for keys and values",
-            spec.n_blocks, spec.block_tokens
-        )));
-    }
-    Ok(())
-}
-
-fn bytes_to_read(weights: &Weights, of: usize) -> u64 {
-    let rank = |rank| {
-        let slices = Shard { rank, of }.slices(weights.config());
-        let bytes = |s: &Slice| s.outs * s.ins * weights.number_bytes(s);
-        slices.iter().map(bytes).sum::<usize>() as u64
-    };
-    (0..of).map(rank).sum()
-}
-
-/// Puts the ranks' answers in the order of the step's asks.
-fn collect(meta: &StepMeta, mut landed: Vec<Landed>) -> StepResult {
-    let op_times = landed
-        .first_mut()
-        .map(|first| std::mem::take(&mut first.op_times));
-    let replayed = landed.iter().all(|landed| landed.replayed);
-    let exchanged = landed.iter().filter_map(|landed| landed.exchanged).max();
-    let mut outs: Vec<HeadOut> = landed.into_iter().flat_map(|landed| landed.outs).collect();
-    outs.sort_unstable_by_key(|out| out.ask);
-    assert!(
-        outs.iter().map(|out| out.ask).eq(0..meta.asks.len()),
-        "each ask is answered once"
-    );
-    let mut result = StepResult {
-        replayed,
-        exchanged,
-        op_times: op_times.unwrap_or_default(),
-        ..StepResult::default()
-    };
-    for (ask, out) in meta.asks.iter().zip(outs) {
-        match (ask.what, out.score) {
-            (HeadUse::Sample { .. }, score) => {
-                result.sampled.push(Sampled {
-                    seq: ask.seq,
-                    token: out.token,
-                    score,
-                });
-            }
-            (HeadUse::Score, Some(score)) => match result.prompt_scores.last_mut() {
-                Some(scores) if scores.seq == ask.seq => scores.scores.push(score),
-                _ => result.prompt_scores.push(PromptScores {
-                    seq: ask.seq,
-                    first_position: ask.position + 1,
-                    scores: vec![score],
-                }),
-            },
-            (HeadUse::Score, None) => unreachable!("a score is what was asked for"),
-        }
-    }
-    result
 }

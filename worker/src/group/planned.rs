@@ -1,40 +1,19 @@
 //! What a group will allocate on GPUs, known before anything is.
 
 use super::{GroupSpec, RankMemory};
-use crate::{
-    checkpoint::LlamaConfig,
-    device::{
-        VocabSplit,
-        cuda::{self, CudaSpec},
-    },
-    model::{Shard, Slice},
-};
+use crate::{checkpoint::LlamaConfig, device::cuda, model::Slice};
 
-/// Bytes of all ranks together: weights in bf16, norms and rotary frequencies in fp32, and the pool that `spec` names.
+/// Bytes of all ranks that run together: weights in bf16, norms and rotary frequencies in fp32, and the pool that `spec` names.
 pub fn on_gpus(model: &LlamaConfig, spec: &GroupSpec) -> RankMemory {
     const BF16: usize = 2;
     const FP32: usize = 4;
-    let of = spec.tensor_parallel;
     let mut memory = RankMemory::default();
-    for shard in (0..of).map(|rank| Shard { rank, of }) {
+    for rank in 0..spec.n_members() {
+        let shard = spec.shard(rank);
         let slices = shard.slices(model);
         let bytes = |slice: &Slice| slice.outs * slice.ins * if slice.ins == 1 { FP32 } else { BF16 };
         memory.weights_bytes += (slices.iter().map(bytes).sum::<usize>() + model.head_dim / 2 * FP32) as u64;
-        let device = CudaSpec {
-            shard,
-            max_running: spec.max_running,
-            max_rows: spec.max_step_tokens,
-            max_model_len: spec.max_model_len,
-            block_tokens: spec.block_tokens,
-            hidden: model.hidden_size,
-            heads: shard.heads(model),
-            split: VocabSplit::new(model.vocab_size, of),
-            record: spec.record,
-            portable: spec.portable,
-            tuned: spec.tuned,
-            profile: spec.profile,
-        };
-        memory.workspace_bytes += cuda::workspace_bytes(&device, shard.part(model.intermediate_size).len());
+        memory.workspace_bytes += cuda::workspace_bytes(&spec.cuda(model, rank));
         let heads = shard.heads(model);
         memory.kv_bytes +=
             (2 * model.n_layers * heads.n_kv * heads.dim * BF16 * spec.block_tokens * spec.n_blocks) as u64;

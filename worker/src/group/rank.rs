@@ -17,11 +17,11 @@ use super::{
 };
 use crate::{
     device::{
-        Device, DeviceError, Landed, StepMeta, VocabSplit,
+        Device, DeviceError, Landed, StepMeta,
         cpu::{CpuDevice, CpuSpec, Exchange},
-        cuda::{CudaDevice, CudaSpec, GroupId},
+        cuda::{CudaDevice, GroupId},
     },
-    model::{Llama, LlamaSpec, Shard, Weights},
+    model::{Llama, LlamaSpec, Weights},
 };
 
 /// A step to run.
@@ -42,7 +42,7 @@ pub(super) enum Done {
 
 /// A rank before its thread has started.
 pub(super) struct Member {
-    pub(super) shard: Shard,
+    pub(super) rank: usize,
     pub(super) threads: usize,
     pub(super) spec: GroupSpec,
     pub(super) weights: Weights,
@@ -56,7 +56,7 @@ pub(super) struct Member {
 impl Member {
     /// Starts the rank's thread, which loads at once.
     pub(super) fn start(self) -> Result<Thread, GroupError> {
-        let rank = self.shard.rank;
+        let rank = self.rank;
         let (jobs, inbox) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name(format!("rank-{rank}"))
@@ -112,7 +112,9 @@ impl Member {
                     flights.push_back(step);
                     let launched = guard(|| {
                         self.misbehave(step, device)?;
-                        llama.forward(device, meta)
+                        llama
+                            .forward(device, Arc::clone(&meta))
+                            .map_err(|error| device.explain(error, Some(&meta)))
                     });
                     launched.map_err(|cause| (step, cause))?;
                 }
@@ -120,7 +122,8 @@ impl Member {
                 Err(TryRecvError::Disconnected) => return Ok(()),
             }
             let Some(&oldest) = flights.front() else { continue };
-            match guard(|| device.land()).map_err(|cause| (oldest, cause))? {
+            let landed = guard(|| device.land().map_err(|error| device.explain(error, None)));
+            match landed.map_err(|cause| (oldest, cause))? {
                 Some(landed) => {
                     flights.pop_front();
                     self.answer(oldest, Ok(Done::Step(landed)));
@@ -133,38 +136,25 @@ impl Member {
     fn cpu(&self) -> Result<CpuDevice, DeviceError> {
         let config = self.weights.config();
         let spec = CpuSpec {
-            rank: self.shard.rank,
+            rank: self.rank,
             threads: self.threads,
             max_running: self.spec.max_running,
             max_rows: self.spec.max_step_tokens,
             hidden: config.hidden_size,
-            split: VocabSplit::new(config.vocab_size, self.shard.of),
+            split: self.spec.vocabulary(config),
         };
         CpuDevice::new(&spec, self.exchange.clone())
     }
 
     fn cuda(&self) -> Result<CudaDevice, DeviceError> {
-        let config = self.weights.config();
-        let spec = CudaSpec {
-            shard: self.shard,
-            max_running: self.spec.max_running,
-            max_rows: self.spec.max_step_tokens,
-            max_model_len: self.spec.max_model_len,
-            block_tokens: self.spec.block_tokens,
-            hidden: config.hidden_size,
-            heads: self.shard.heads(config),
-            split: VocabSplit::new(config.vocab_size, self.shard.of),
-            record: self.spec.record,
-            portable: self.spec.portable,
-            tuned: self.spec.tuned,
-            profile: self.spec.profile,
-        };
+        let spec = self.spec.cuda(self.weights.config(), self.rank);
         CudaDevice::new(spec, self.id, self.exchange.clone())
     }
 
     fn load<D: Device>(&self, mut device: D) -> Result<(D, Llama<D>, RankMemory), DeviceError> {
         let spec = LlamaSpec {
-            shard: self.shard,
+            shard: self.spec.shard(self.rank),
+            split: self.spec.vocabulary(self.weights.config()),
             n_blocks: self.spec.n_blocks,
             block_tokens: self.spec.block_tokens,
             random_kv: self.spec.random_kv,
@@ -188,7 +178,7 @@ impl Member {
         }
         // Nobody listens any more only when the group is gone.
         let _ = self.answers.send(Answer {
-            rank: self.shard.rank,
+            rank: self.rank,
             step,
             result,
         });
@@ -196,7 +186,7 @@ impl Member {
 
     fn misbehave(&self, step: u64, device: &mut impl Device) -> Result<(), DeviceError> {
         match self.spec.fault {
-            Some(Fault { rank, step: at, kind }) if rank == self.shard.rank && step == at => match kind {
+            Some(Fault { rank, step: at, kind }) if rank == self.rank && step == at => match kind {
                 FaultKind::Panic => panic!("asked to by a test"),
                 FaultKind::Stall => {
                     self.exchange.wait_closed();

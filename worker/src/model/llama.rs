@@ -22,10 +22,12 @@ use crate::device::{Device, DeviceError, Heads, KvShape, Norm, StepMeta, VocabSp
 const LOAD_CHUNK: usize = 4 << 20;
 
 /// What a rank needs beside the checkpoint.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct LlamaSpec {
-    /// This rank.
+    /// This rank's part of the weights.
     pub shard: Shard,
+    /// The vocabulary over the ranks that run.
+    pub split: VocabSplit,
     /// Blocks in the pool.
     pub n_blocks: usize,
     /// Tokens in one block.
@@ -122,7 +124,7 @@ impl<D: Device> Llama<D> {
         } = &slices;
         let net = Net {
             heads,
-            split: VocabSplit::new(config.vocab_size, spec.shard.of),
+            split: spec.split,
             embedding: loader.matrix(std::slice::from_ref(embedding))?,
             layers: layers
                 .iter()

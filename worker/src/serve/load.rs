@@ -16,7 +16,11 @@ use super::{Facts, Loaded, ModelFile, ServeError, calibrate};
 use crate::{
     checkpoint::{Checkpoint, GenerationConfig, LlamaConfig, TextFiles, eos_union, tokenizer_eos},
     config::{CacheShape, Config, Fit},
-    device::{AHEAD_MAX, cpu::HEAD_ROWS, cuda},
+    device::{
+        AHEAD_MAX,
+        cpu::HEAD_ROWS,
+        cuda::{self, Options, Products},
+    },
     dummy::DummyModel,
     engine::{Defaults, Door},
     group::{Group, GroupSpec, Machine, RankMemory, planned_on_gpus},
@@ -43,6 +47,9 @@ pub(super) fn load(config: &Config, state: &State) -> Result<Loaded<Group>, Serv
     let vocab_size = to_u32(model.vocab_size);
     let eos_token_ids = reachable(eos_union(&model, &generation, tokenizer_eos(&text)?), vocab_size);
     let machine = machine(config.device)?;
+    if machine == Machine::Cpu && (config.product_choices.is_some() || config.debug_kernels) {
+        warn!("--product-choices and --debug-kernels are for GPUs: processors have nothing of them");
+    }
     let config = &with_kv_bytes(config, machine, &model)?;
     let fit = config.fit(&cache_shape(&model, machine))?;
     log_fit(config, &fit, &model);
@@ -106,6 +113,7 @@ fn group_spec(config: &Config, machine: Machine, fit: &Fit) -> GroupSpec {
     GroupSpec {
         machine,
         tensor_parallel: to_usize(config.tensor_parallel),
+        rank_alone: false,
         threads: to_usize(config.threads),
         block_tokens: to_usize(config.block_tokens),
         n_blocks: to_usize(fit.n_blocks),
@@ -118,10 +126,15 @@ fn group_spec(config: &Config, machine: Machine, fit: &Fit) -> GroupSpec {
             Machine::Cpu => 1,
             Machine::Cuda => AHEAD_MAX,
         },
-        record: true,
-        portable: config.portable_kernels,
-        tuned: true,
-        profile: false,
+        gpu: Options {
+            portable: config.portable_kernels,
+            products: match &config.product_choices {
+                Some(file) => Products::Pinned(file.clone()),
+                None => Products::Kept,
+            },
+            debug: config.debug_kernels,
+            ..Options::default()
+        },
         random_kv: false,
         fault: None,
     }

@@ -5,6 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use swallow_rpc::worker::v1::{Request, finished::Reason};
 use swallow_worker::{
     checkpoint::Checkpoint,
+    device::cuda::Options,
     group::{Fault, FaultKind, Group, GroupSpec, Machine},
     serve::Loaded,
     state::{Memory, State},
@@ -25,6 +26,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
     let spec = GroupSpec {
         machine: Machine::Cpu,
         tensor_parallel: 2,
+        rank_alone: false,
         threads: 2,
         block_tokens: to_usize(sizes.block_tokens),
         n_blocks: to_usize(sizes.n_blocks),
@@ -33,10 +35,7 @@ async fn failing(kind: FaultKind, step_timeout: Duration) -> Worker {
         max_model_len: to_usize(sizes.max_model_len),
         step_timeout,
         steps_ahead: 1,
-        record: true,
-        portable: false,
-        tuned: false,
-        profile: false,
+        gpu: Options::default(),
         random_kv: false,
         fault: Some(Fault {
             rank: 1,

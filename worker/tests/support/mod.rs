@@ -15,6 +15,7 @@ use std::{
 use swallow_schedule::{Ask, Finish, Limits, Micros, Output, Scheduler, SeqId};
 use swallow_worker::{
     checkpoint::Checkpoint,
+    device::cuda::{Options, Products},
     group::{Group, GroupSpec, LoadProgress, Machine},
     sampling::{SamplingParams, TokenScore},
 };
@@ -31,6 +32,7 @@ pub fn spec(tensor_parallel: usize) -> GroupSpec {
     GroupSpec {
         machine: Machine::Cpu,
         tensor_parallel,
+        rank_alone: false,
         threads: 2,
         block_tokens: 16,
         n_blocks: 512,
@@ -39,10 +41,10 @@ pub fn spec(tensor_parallel: usize) -> GroupSpec {
         max_model_len: 4096,
         step_timeout: Duration::from_secs(120),
         steps_ahead: 1,
-        record: true,
-        portable: false,
-        tuned: false,
-        profile: false,
+        gpu: Options {
+            products: Products::First,
+            ..Options::default()
+        },
         random_kv: false,
         fault: None,
     }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use super::{
     BF16, CudaSpec, CudaStep, F32, Kv, Rows,
     blas::size,
-    driver::{Arg, Gpu, MAP_BYTES},
+    driver::{Gpu, MAP_BYTES},
+    launch::Arg,
     memory::Memory,
     ops::Kernels,
 };

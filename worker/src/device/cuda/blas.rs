@@ -1,10 +1,10 @@
 //! cuBLASLt: matrix products of bf16 numbers with fp32 sums.
 //!
 //! How a product is computed is chosen once for each shape of weights and each size of step, and kept, so the same step
-//! gives the same bits again. Steps of few rows are limited by the bytes of the weights, and the library's first choice
-//! is often not its best: its choices are tried, on the real weights, with cold caches. Another process may choose
-//! otherwise. Choices differ between sizes: a row's last bits depend on how many share its step. Sizes are rounded up,
-//! so that there are few of them; the rows beyond the step's are computed and never read.
+//! gives the same bits again. Choices differ between sizes: a row's last bits depend on how many share its step. Sizes
+//! are rounded up, so that there are few of them; the rows beyond the step's are computed and never read.
+
+mod trial;
 
 use std::{
     collections::HashMap,
@@ -23,6 +23,7 @@ use cudarc::{
 };
 
 use super::{
+    choices::Book,
     driver::Gpu,
     libs::{Library, LibraryError, Wanted, functions, string},
     memory::Memory,
@@ -56,6 +57,9 @@ functions! {
         heuristic = c"cublasLtMatmulAlgoGetHeuristic" (cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
             cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, c_int,
             *mut cublasLtMatmulHeuristicResult_t, *mut c_int) -> c_int;
+        algorithm_check = c"cublasLtMatmulAlgoCheck" (cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
+            cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, *const cublasLtMatmulAlgo_t,
+            *mut cublasLtMatmulHeuristicResult_t) -> c_int;
         matmul = c"cublasLtMatmul" (cublasLtHandle_t, cublasLtMatmulDesc_t, *const c_void, *const c_void,
             cublasLtMatrixLayout_t, *const c_void, cublasLtMatrixLayout_t, *const c_void, *const c_void,
             cublasLtMatrixLayout_t, *mut c_void, cublasLtMatrixLayout_t, *const cublasLtMatmulAlgo_t, *mut c_void,
@@ -79,12 +83,17 @@ impl CublasLt {
     fn open() -> Result<Self, LibraryError> {
         let library = Library::open(CUBLASLT)?;
         let lt = Self::look_up(library)?;
-        // SAFETY: takes and changes nothing.
-        let version = unsafe { (lt.version)() };
+        let version = lt.version_number();
         if version < CUBLASLT_VERSION {
             return Err(library.old(format!("{}.{}", version / 10_000, version / 100 % 100), "13.0"));
         }
         Ok(lt)
+    }
+
+    /// The library's version, as it counts: 130000 for 13.0.
+    pub(super) fn version_number(&self) -> usize {
+        // SAFETY: takes and changes nothing.
+        unsafe { (self.version)() }
     }
 
     fn check(&self, code: c_int, call: &str) -> Result<(), DeviceError> {
@@ -98,7 +107,7 @@ impl CublasLt {
 }
 
 /// The number format of a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Out {
     /// Activations.
     Bf16,
@@ -107,7 +116,7 @@ pub(super) enum Out {
 }
 
 /// `out[m, n] = x[m, k] · w[n, k]ᵀ`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Shape {
     pub(super) m: usize,
     pub(super) n: usize,
@@ -125,6 +134,7 @@ pub(super) struct Operands {
 
 /// How a product of one shape is computed.
 struct Plan {
+    shape: Shape,
     w: cublasLtMatrixLayout_t,
     x: cublasLtMatrixLayout_t,
     out: cublasLtMatrixLayout_t,
@@ -142,20 +152,14 @@ pub(super) struct Blas {
     preference: cublasLtMatmulPreference_t,
     workspace: Memory,
     plans: HashMap<Shape, Plan>,
-    tuned: bool,
+    book: Book,
 }
 
 // SAFETY: it is used by one thread at a time, its rank's.
 unsafe impl Send for Blas {}
 
-/// Rows up to which choices are tried.
-const TRIED_ROWS: usize = 256;
-/// Choices that are tried.
+/// Choices that the library is asked for.
 const CHOICES: usize = 8;
-/// Runs of each choice; the median counts.
-const TRIES: usize = 5;
-/// Writing this much leaves nothing of the weights in the caches of any GPU so far.
-const FLUSH_BYTES: usize = 192 << 20;
 
 /// The size of a step that a product is computed for: `rows` or a little more.
 pub(super) fn size(rows: usize) -> usize {
@@ -176,8 +180,8 @@ pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 const PLANS_MAX: usize = 65_536;
 
 impl Blas {
-    /// `tuned` tries the library's choices, instead of taking its first.
-    pub(super) fn new(gpu: &Arc<Gpu>, tuned: bool) -> Result<Self, DeviceError> {
+    /// `book` says how products are chosen.
+    pub(super) fn new(gpu: &Arc<Gpu>, book: Book) -> Result<Self, DeviceError> {
         let lt = CublasLt::get()?;
         let (mut handle, mut desc, mut preference) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
         let transposed: c_int = 1;
@@ -217,7 +221,7 @@ impl Blas {
             preference,
             workspace: gpu.alloc(WORKSPACE_BYTES, "matrix products")?,
             plans: HashMap::new(),
-            tuned,
+            book,
         })
     }
 
@@ -228,9 +232,7 @@ impl Blas {
                 self.forget();
             }
             let mut plan = self.plan(shape)?;
-            if self.tuned && shape.m <= TRIED_ROWS {
-                self.try_choices(&mut plan, shape, operands)?;
-            }
+            self.choose(&mut plan, shape, operands)?;
             self.plans.insert(shape, plan);
         }
         self.run(&self.plans[&shape], operands)
@@ -277,7 +279,8 @@ impl Blas {
                 self.gpu.stream,
             )
         };
-        self.lt.check(code, "cublasLtMatmul")
+        self.lt.check(code, "cublasLtMatmul")?;
+        self.gpu.named(|| format!("cublasLtMatmul of {:?}", plan.shape))
     }
 
     /// The library's first choice. It knows columns first, so it is told `outᵀ = (wᵀ)ᵀ · xᵀ`.
@@ -325,62 +328,13 @@ impl Blas {
             )));
         };
         Ok(Plan {
+            shape,
             w,
             x,
             out,
             algorithm: first.algo,
             choices: choices.iter().map(|choice| choice.algo).collect(),
         })
-    }
-
-    /// Takes the fastest choice, measured on these operands. Where no memory is left to empty the caches with, the
-    /// first choice stays.
-    fn try_choices(&self, plan: &mut Plan, shape: Shape, operands: Operands) -> Result<(), DeviceError> {
-        let mut best = f64::INFINITY;
-        for choice in std::mem::take(&mut plan.choices) {
-            let candidate = Plan {
-                algorithm: choice,
-                choices: Vec::new(),
-                ..*plan
-            };
-            let Some(time) = self.timed(|| self.run(&candidate, operands))? else {
-                return Ok(());
-            };
-            if time < best {
-                best = time;
-                plan.algorithm = choice;
-            }
-        }
-        tracing::debug!(?shape, microseconds = best * 1e6, "matrix product chosen");
-        Ok(())
-    }
-
-    /// Median seconds of a launch with cold caches; `None` where no memory is left to empty them with.
-    pub(super) fn timed(
-        &self,
-        launch: impl Fn() -> Result<(), DeviceError>,
-    ) -> Result<Option<f64>, DeviceError> {
-        let Ok(flush) = self.gpu.alloc(FLUSH_BYTES, "emptying caches") else {
-            return Ok(None);
-        };
-        let (start, end) = (self.gpu.event(true)?, self.gpu.event(true)?);
-        let mut times = [0.0; TRIES];
-        for time in &mut times {
-            self.gpu.clear(&flush)?;
-            start.record()?;
-            launch()?;
-            end.record()?;
-            end.wait()?;
-            *time = end.seconds_since(&start)?;
-        }
-        times.sort_unstable_by(f64::total_cmp);
-        Ok(Some(times[TRIES / 2]))
-    }
-
-    /// Seconds of the library's product of this shape.
-    pub(super) fn seconds(&mut self, shape: Shape, operands: Operands) -> Result<Option<f64>, DeviceError> {
-        self.multiply(shape, operands)?;
-        self.timed(|| self.run(&self.plans[&shape], operands))
     }
 
     fn forget(&mut self) {

@@ -12,8 +12,9 @@ use swallow_schedule::SeqId;
 
 use super::{
     CudaDevice, CudaSpec, F32,
-    driver::{Arg, Gpu},
+    driver::Gpu,
     head::{HARD_TOP_MIN, LATER_MAX, batch, locked},
+    launch::Arg,
     memory::{Memory, Pinned, Plain},
     upload::NO_SLOT,
 };
@@ -424,23 +425,25 @@ impl CudaDevice {
     }
 
     /// Draws and scores rows of a batch of `n_rows` rows of logits: those of the `range` of the step's draws.
-    pub(super) fn draw_rows(&self, range: std::ops::Range<usize>, n_rows: usize) -> Result<(), DeviceError> {
+    pub(super) fn draw_rows(
+        &mut self,
+        range: std::ops::Range<usize>,
+        n_rows: usize,
+    ) -> Result<(), DeviceError> {
         let n = range.len() as u32;
         if n == 0 {
             return Ok(());
         }
-        let (draws, spec) = (&self.draws, &self.spec);
-        let n_vocab = spec.split.n_vocab();
-        let shard = n_vocab / spec.shard.of;
-        let logits = match (&self.comm, &draws.gathered) {
-            (Some(comm), Some(gathered)) => {
-                comm.gather(self.head.logits().address, gathered.address, n_rows * shard * F32)?;
-                gathered
-            }
-            _ => self.head.logits(),
-        };
+        let (n_vocab, n_ranks) = (self.spec.split.n_vocab(), self.spec.shard.of);
+        let shard = n_vocab / n_ranks;
+        if let Some(to) = self.draws.gathered.as_ref().map(|gathered| gathered.address) {
+            let (from, n) = (self.head.logits().address, n_rows * shard * F32);
+            self.between_ranks("ncclAllGather", |comm| comm.gather(from, to, n))?;
+        }
+        let draws = &self.draws;
+        let logits = draws.gathered.as_ref().unwrap_or(self.head.logits());
         let records = draws.records.at(range.start * size_of::<Record>());
-        let whole = [n_vocab, draws.seen_stride, shard, spec.shard.of, n_rows].map(|n| Arg::from(n as u32));
+        let whole = [n_vocab, draws.seen_stride, shard, n_ranks, n_rows].map(|n| Arg::from(n as u32));
         let given = [
             logits.into(),
             records.into(),

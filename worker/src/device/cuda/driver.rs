@@ -1,21 +1,22 @@
-//! The driver: one GPU, its context and stream, its memory, its kernels.
+//! The driver: one GPU, its context and stream, its memory, and points in the stream's order.
 //!
 //! Everything that belongs to a rank is used from that rank's thread alone, on one stream, so order is the order of the
-//! calls. Errors of the driver carry the name of the call or of the kernel; a GPU that reported one is not used again.
+//! calls. Errors of the driver carry the name of the call or of the kernel that gave them; those that a kernel before gave
+//! are in `faults.rs`. A GPU that reported one is not used again.
 
 use std::{
-    ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
+    ffi::{CStr, c_char, c_int, c_uint, c_void},
     ptr,
     sync::{Arc, OnceLock},
 };
 
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute_enum,
-    CUgraph, CUgraphExec, CUgraphNode, CUlaunchAttribute, CUlaunchAttributeID_enum, CUlaunchAttributeValue,
-    CUlaunchConfig, CUmodule, CUstream, CUtensorMap,
+    CUgraph, CUgraphExec, CUgraphNode, CUlaunchConfig, CUmodule, CUstream, CUtensorMap,
 };
 
 use super::{
+    faults::{KernelFault, is_of_a_kernel},
     libs::{Library, LibraryError, Wanted, functions, string},
     memory::{Memory, Pinned, Plain},
 };
@@ -123,10 +124,11 @@ impl Driver {
     }
 
     fn check(&self, code: c_int, call: &str) -> Result<(), DeviceError> {
-        if code == SUCCESS {
-            return Ok(());
+        match code {
+            SUCCESS => Ok(()),
+            code if is_of_a_kernel(code) => Err(KernelFault::new(self.words(code), call).into()),
+            code => Err(DeviceError::Cuda(format!("{call}: {}", self.words(code)))),
         }
-        Err(DeviceError::Cuda(format!("{call}: {}", self.words(code))))
     }
 
     fn words(&self, code: c_int) -> String {
@@ -162,6 +164,8 @@ pub(super) struct Gpu {
     pub(super) capability: u32,
     /// Multiprocessors.
     pub(super) n_sm: u32,
+    /// Every kernel is waited for after its launch.
+    pub(super) debug: bool,
 }
 
 // SAFETY: the driver takes contexts and streams from any thread; a rank's thread makes the context current first.
@@ -170,8 +174,8 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// Opens a GPU and makes it the calling thread's.
-    pub(super) fn open(ordinal: usize) -> Result<Arc<Self>, DeviceError> {
+    /// Opens a GPU and makes it the calling thread's. With `debug`, kernels that fail are named, and everything is slow.
+    pub(super) fn open(ordinal: usize, debug: bool) -> Result<Arc<Self>, DeviceError> {
         let driver = Driver::get()?;
         let n = driver.count()?;
         if ordinal >= n {
@@ -215,6 +219,7 @@ impl Gpu {
             driver,
             context,
             stream,
+            debug,
         }))
     }
 
@@ -414,124 +419,6 @@ impl Gpu {
             event,
         })
     }
-
-    /// Loads a compiled file of kernels; it stays loaded.
-    pub(super) fn module(&self, cubin: &[u8], what: &str) -> Result<Module, DeviceError> {
-        let mut module = ptr::null_mut();
-        // SAFETY: a cubin describes its own length; it was made by NVRTC, and its hash was checked when it was read.
-        let code = unsafe { (self.driver.module_load)(&mut module, cubin.as_ptr().cast()) };
-        self.check(code, &format!("loading the kernels of {what}"))?;
-        Ok(Module(module))
-    }
-
-    /// A kernel of a loaded file; `shared` is the most dynamic shared memory it will be launched with.
-    pub(super) fn kernel(
-        &self,
-        module: &Module,
-        name: &'static str,
-        shared: u32,
-    ) -> Result<Kernel, DeviceError> {
-        let mut function = ptr::null_mut();
-        let c_name = CString::new(name).expect("names of kernels have no zero byte");
-        // SAFETY: writes one handle; the module stays loaded.
-        let code = unsafe { (self.driver.module_function)(&mut function, module.0, c_name.as_ptr()) };
-        self.check(code, name)?;
-        if shared > 48 << 10 {
-            let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let bytes = c_int::try_from(shared).expect("shared memory is a few hundred KiB");
-            // SAFETY: the function is loaded.
-            self.check(unsafe { (self.driver.function_set)(function, most, bytes) }, name)?;
-        }
-        Ok(Kernel {
-            function,
-            name,
-            chained: false,
-        })
-    }
-
-    /// Launches a kernel on the rank's stream.
-    ///
-    /// # Safety
-    /// The arguments are the kernel's parameters in order, of their sizes, and all its accesses are within allocations.
-    pub(super) unsafe fn launch(
-        &self,
-        kernel: &Kernel,
-        grid: [u32; 3],
-        block: [u32; 3],
-        shared: u32,
-        arguments: &mut [Arg],
-    ) -> Result<(), DeviceError> {
-        const MOST: usize = 40;
-        let mut addresses = [ptr::null_mut::<c_void>(); MOST];
-        assert!(
-            arguments.len() <= MOST,
-            "{} takes too many arguments",
-            kernel.name
-        );
-        for (address, argument) in addresses.iter_mut().zip(arguments) {
-            *address = ptr::from_mut(&mut argument.0).cast();
-        }
-        if kernel.chained {
-            // SAFETY: the caller's promise, and a chained kernel waits for its predecessor by itself.
-            let code = unsafe { self.launch_chained(kernel, grid, block, shared, addresses.as_mut_ptr()) };
-            return self.check(code, kernel.name);
-        }
-        // SAFETY: the addresses live until the call returns, which copies what they point to; the rest is the caller's
-        // promise.
-        let code = unsafe {
-            (self.driver.launch)(
-                kernel.function,
-                grid[0],
-                grid[1],
-                grid[2],
-                block[0],
-                block[1],
-                block[2],
-                shared,
-                self.stream,
-                addresses.as_mut_ptr(),
-                ptr::null_mut(),
-            )
-        };
-        self.check(code, kernel.name)
-    }
-}
-
-impl Gpu {
-    /// Launches a kernel that may begin before the one before it is done.
-    ///
-    /// # Safety
-    /// As for [`Gpu::launch`], and the kernel waits before it touches what others wrote.
-    unsafe fn launch_chained(
-        &self,
-        kernel: &Kernel,
-        grid: [u32; 3],
-        block: [u32; 3],
-        shared: u32,
-        arguments: *mut *mut c_void,
-    ) -> c_int {
-        let mut early = CUlaunchAttribute {
-            id: CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: 1,
-            },
-        };
-        let config = CUlaunchConfig {
-            gridDimX: grid[0],
-            gridDimY: grid[1],
-            gridDimZ: grid[2],
-            blockDimX: block[0],
-            blockDimY: block[1],
-            blockDimZ: block[2],
-            sharedMemBytes: shared,
-            hStream: self.stream,
-            attrs: &mut early,
-            numAttrs: 1,
-        };
-        // SAFETY: config and addresses live until the call returns; the rest is the caller's promise.
-        unsafe { (self.driver.launch_with)(&config, kernel.function, arguments, ptr::null_mut()) }
-    }
 }
 
 impl Driver {
@@ -567,7 +454,7 @@ impl Event {
         // SAFETY: the handle lives.
         match unsafe { (self.gpu.driver.event_query)(self.event) } {
             NOT_READY => Ok(false),
-            code => self.gpu.check(code, "a kernel of this step").map(|()| true),
+            code => self.gpu.check(code, "the end of a step").map(|()| true),
         }
     }
 
@@ -595,46 +482,4 @@ impl Drop for Event {
         // SAFETY: destroyed once; the driver lets it live until it was reached.
         unsafe { (self.gpu.driver.event_destroy)(self.event) };
     }
-}
-
-/// A loaded file of kernels.
-pub(super) struct Module(CUmodule);
-
-/// A kernel, ready to launch.
-pub(super) struct Kernel {
-    function: CUfunction,
-    /// For errors.
-    pub(super) name: &'static str,
-    /// It may begin before the kernel before it is done, and waits by itself.
-    chained: bool,
-}
-
-impl Kernel {
-    /// One that waits for the kernel before it by itself, where `on`.
-    pub(super) fn chained(self, on: bool) -> Self {
-        Self { chained: on, ..self }
-    }
-}
-
-/// One argument of a kernel: its bits, from the lowest byte on, which is where a little-endian machine looks for an
-/// argument of any size.
-#[derive(Clone, Copy)]
-pub(super) struct Arg(u64);
-
-macro_rules! argument {
-    ($($from:ty => |$x:ident| $bits:expr;)*) => {
-        $(impl From<$from> for Arg {
-            fn from($x: $from) -> Self {
-                Self($bits)
-            }
-        })*
-    };
-}
-
-argument! {
-    u64 => |x| x;
-    u32 => |x| u64::from(x);
-    i32 => |x| u64::from(x as u32);
-    f32 => |x| u64::from(x.to_bits());
-    &Memory => |x| x.address;
 }

@@ -18,8 +18,10 @@ use super::{
     BF16, CudaDevice, CudaSpec, CudaStep, F32, Matrix, Rows,
     blas::{Operands, Out, Shape, size},
     draws::Plan,
-    driver::{Arg, Event, Gpu},
+    driver::{Event, Gpu},
+    launch::Arg,
     memory::{Memory, Pinned},
+    nccl::Comm,
 };
 use crate::{
     device::{
@@ -71,9 +73,11 @@ struct Side {
 
 /// A step whose answers are on their way to the host.
 pub(super) struct Flight {
-    meta: Arc<StepMeta>,
+    pub(super) meta: Arc<StepMeta>,
     side: usize,
-    replayed: bool,
+    pub(super) replayed: bool,
+    /// Exchanges between ranks that were timed, if they were.
+    exchanges: Option<usize>,
     plan: Plan,
     /// This rank's answers to asks that samplers have answered.
     answered: Vec<HeadOut>,
@@ -218,6 +222,7 @@ impl CudaDevice {
             meta,
             side,
             replayed: step.fixed,
+            exchanges: self.stopwatch.taken(),
             plan,
             answered,
         });
@@ -334,20 +339,22 @@ impl CudaDevice {
             );
             self.gpu
                 .launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut own)?;
-            if let Some(comm) = &self.comm {
-                comm.gather(buffers.best.address, buffers.gathered.address, n * BEST)?;
-                let layout = [comm.n_ranks() as u32, n_blocks, 1];
-                let mut all = merging(&buffers.gathered, layout, &buffers.best, keep);
-                self.gpu
-                    .launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut all)?;
-            }
         }
-        Ok(())
+        let Some(n_ranks) = self.comm.as_ref().map(Comm::n_ranks) else {
+            return Ok(());
+        };
+        let (from, to) = (self.head.best.address, self.head.gathered.address);
+        self.between_ranks("ncclAllGather", |comm| comm.gather(from, to, n * BEST))?;
+        let (buffers, merge) = (&self.head, &self.kernels.argmax_merge);
+        let layout = [n_ranks as u32, n_blocks, 1];
+        let mut all = merging(&buffers.gathered, layout, &buffers.best, keep);
+        // SAFETY: the parameters of `argmax_merge`, as above.
+        unsafe { self.gpu.launch(merge, [n_blocks, 1, 1], [32, 1, 1], 0, &mut all) }
     }
 
     /// Reads a step that is done. Every rank knows all tokens but those that samplers answered; each sequence's sampler is
     /// told by one rank, always the same, so that it learns them in order.
-    fn read(&self, flight: Flight) -> Result<Landed, DeviceError> {
+    fn read(&mut self, flight: Flight) -> Result<Landed, DeviceError> {
         let (rank, n_ranks) = (self.spec.shard.rank, self.spec.shard.of);
         let side = &self.head.sides[flight.side];
         let mut outs = self.answer_later(&flight)?;
@@ -383,7 +390,7 @@ impl CudaDevice {
             outs,
             fingerprint: side.hash[0],
             replayed: flight.replayed,
-            exchanged: None,
+            exchanged: self.stopwatch.read(flight.side, flight.exchanges),
             op_times: Vec::new(),
         })
     }

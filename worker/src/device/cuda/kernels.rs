@@ -5,14 +5,13 @@
 //! ahead for GPUs that are not here. A file of the cache ends in its own hash, so a torn one is made again.
 
 use std::{
-    fmt::Write as _,
     fs, io,
     path::{Path, PathBuf},
 };
 
 use sha2::{Digest, Sha256};
 
-use super::{libs::LibraryError, nvrtc::Nvrtc};
+use super::{cache, libs::LibraryError, nvrtc::Nvrtc};
 
 /// A file of kernels.
 #[derive(Clone, Copy, Debug)]
@@ -103,29 +102,22 @@ fn flags(arch: &str) -> Vec<String> {
 
 /// Name of a file of machine code.
 fn file_name(file: &SourceFile, arch: &str, compiler: &str) -> String {
-    let mut hash = Sha256::new();
-    for text in [file.text, &flags(arch).join(" "), compiler, arch] {
-        hash.update((text.len() as u64).to_le_bytes());
-        hash.update(text);
-    }
-    let mut hex = String::new();
-    for byte in &hash.finalize()[..8] {
-        // Writing to a String does not fail.
-        let _ = write!(hex, "{byte:02x}");
-    }
-    format!("{}-{arch}-{hex}.cubin", file.name)
+    let hash = cache::short_hash(&[file.text, &flags(arch).join(" "), compiler, arch]);
+    format!("{}-{arch}-{hash}.cubin", file.name)
 }
 
-/// The folder that kernels are kept in: below `SWALLOW_CACHE`, or the user's folder for caches.
-fn cache() -> Option<PathBuf> {
-    let set = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    let home = || Some(set("HOME")?.join(".cache"));
-    let base = set("SWALLOW_CACHE").or_else(|| Some(set("XDG_CACHE_HOME").or_else(home)?.join("swallow")))?;
-    Some(base.join("kernels"))
+/// A hash over the source of one file.
+pub(super) fn source_hash(name: &str) -> String {
+    let texts = SOURCES
+        .iter()
+        .filter(|file| file.name == name)
+        .map(|file| file.text);
+    cache::short_hash(&texts.collect::<Vec<_>>())
+}
+
+/// The folder that kernels are kept in.
+fn kept() -> Option<PathBuf> {
+    cache::folder("kernels")
 }
 
 /// Machine code of one file for a GPU of this architecture: from a cache, or compiled and kept.
@@ -136,14 +128,14 @@ pub(super) fn machine_code(file: &SourceFile, arch: &str) -> Result<Vec<u8>, Ker
         .as_ref()
         .map_or_else(|_| WITHOUT_COMPILER.to_owned(), |nvrtc| nvrtc.version_text());
     let name = file_name(file, arch, &version);
-    let folders = [Some(PathBuf::from(INSTALLED)), cache()];
+    let folders = [Some(PathBuf::from(INSTALLED)), kept()];
     for folder in folders.iter().flatten() {
         if let Some(code) = read(&folder.join(&name)) {
             return Ok(code);
         }
     }
     let code = compile(compiler?, file, arch)?.cubin;
-    if let Some(folder) = cache()
+    if let Some(folder) = kept()
         && let Err(error) = write(&folder, &name, &code)
     {
         tracing::warn!("kernels are not kept for the next start: {error}");
@@ -170,17 +162,11 @@ fn read(path: &Path) -> Option<Vec<u8>> {
 }
 
 fn write(folder: &Path, name: &str, code: &[u8]) -> Result<(), KernelError> {
-    let path = folder.join(name);
-    let fail = |source| KernelError::Write {
-        path: path.clone(),
-        source,
-    };
-    fs::create_dir_all(folder).map_err(fail)?;
-    // Whole or not at all: several workers of a machine start together.
-    let draft = folder.join(format!("{name}.{}", std::process::id()));
     let bytes = [code, &Sha256::digest(code)[..]].concat();
-    fs::write(&draft, bytes).map_err(fail)?;
-    fs::rename(&draft, &path).map_err(fail)
+    cache::put(folder, name, &bytes).map_err(|source| KernelError::Write {
+        path: folder.join(name),
+        source,
+    })
 }
 
 /// Flags of `swallow-worker kernels`.

@@ -8,20 +8,26 @@
 
 mod attention;
 mod blas;
+mod cache;
+mod choices;
 mod draws;
 mod driver;
+mod faults;
 mod head;
 mod kernels;
+mod launch;
 mod libs;
 mod load;
 mod memory;
 mod nccl;
 mod nvrtc;
 mod ops;
+mod options;
 mod peaks;
 mod product;
 mod profile;
 mod recording;
+mod stopwatch;
 mod upload;
 
 use std::{
@@ -31,7 +37,8 @@ use std::{
 
 use self::{
     attention::Attention,
-    blas::{Blas, Shape},
+    blas::{Blas, CublasLt, Shape},
+    choices::{Book, Identity},
     draws::Draws,
     driver::{Event, Gpu},
     head::{Flight, Head},
@@ -41,15 +48,19 @@ use self::{
     ops::Kernels,
     profile::Profile,
     recording::Recordings,
+    stopwatch::Stopwatch,
     upload::Uploads,
 };
 use super::{AHEAD_MAX, Allocated, DeviceError, Heads, KvShape, Landed, StepMeta, VocabSplit, cpu::Exchange};
 use crate::model::Shard;
 
 pub use self::{
+    choices::{ChoicesError, Products, Unfit},
+    faults::KernelFault,
     kernels::{KernelError, KernelsArgs, make as make_kernels},
     libs::LibraryError,
     nccl::GroupId,
+    options::{Chain, Options},
     peaks::{Peaks, measure as measure_peaks},
     product::{ProductCheck, check_products},
 };
@@ -76,8 +87,12 @@ const F32: usize = 4;
 /// What a rank's device is made of.
 #[derive(Clone, Debug)]
 pub struct CudaSpec {
-    /// This rank; it has the GPU of its number.
+    /// This rank of those that run; it has the GPU of its number.
     pub shard: Shard,
+    /// Ranks that the model is divided among: more than run where one of them is measured alone.
+    pub divided: usize,
+    /// Tokens of the model, which may be more than the ranks that run have.
+    pub vocabulary: usize,
     /// Slots, and works in one step.
     pub max_running: usize,
     /// Rows of the largest step.
@@ -90,16 +105,30 @@ pub struct CudaSpec {
     pub hidden: usize,
     /// Of this rank.
     pub heads: Heads,
+    /// Neurons of this rank in a layer's feed-forward network.
+    pub inner: usize,
     /// The vocabulary over the ranks.
     pub split: VocabSplit,
-    /// Record the forward passes of decode steps at start, and replay them.
-    pub record: bool,
-    /// Leave kernels alone that are for one architecture.
-    pub portable: bool,
-    /// Try ways to multiply, and take the fastest.
-    pub tuned: bool,
-    /// Tell where the time of each step goes; nothing is recorded then.
-    pub profile: bool,
+    /// How it computes.
+    pub options: Options,
+}
+
+impl CudaSpec {
+    /// What choices of ways to multiply hold for: the same on all ranks of a group.
+    fn identity(&self, gpu: &Gpu, library: &CublasLt) -> Identity {
+        let heads = self.heads;
+        Identity(vec![
+            format!("gpu {}", gpu.name),
+            format!("architecture {}", kernels::arch(gpu.capability)),
+            format!("multiprocessors {}", gpu.n_sm),
+            format!("cublaslt {}", library.version_number()),
+            format!("kernel {}", kernels::source_hash(product::SOURCE)),
+            format!(
+                "model ranks={} hidden={} query-heads={} key-heads={} head={} inner={} vocabulary={}",
+                self.divided, self.hidden, heads.n_q, heads.n_kv, heads.dim, self.inner, self.vocabulary
+            ),
+        ])
+    }
 }
 
 /// One rank on one GPU.
@@ -121,6 +150,8 @@ pub struct CudaDevice {
     head: Head,
     draws: Draws,
     recordings: Recordings,
+    /// Of exchanges between ranks; off in a group of one.
+    stopwatch: Stopwatch<Event>,
     /// The block that rows without meaning write to.
     spare_block: u32,
     /// A point that the host waits for within a step.
@@ -211,10 +242,12 @@ impl CudaDevice {
     /// The driver, a library or the GPU is missing or too old, kernels cannot be made, or memory runs out.
     pub fn new(spec: CudaSpec, id: Option<GroupId>, exchange: Arc<Exchange>) -> Result<Self, DeviceError> {
         let rank = spec.shard.rank;
-        let gpu = Gpu::open(rank)?;
-        // A sum over ranks is not one of our kernels and takes no part in a chain; that is left for machines to try it on.
-        let kernels = Kernels::load(&gpu, spec.shard.of == 1 && !spec.portable)?;
-        let blas = Blas::new(&gpu, spec.tuned)?;
+        let gpu = Gpu::open(rank, spec.options.debug)?;
+        let kernels = Kernels::load(&gpu, spec.options.chains(spec.divided))?;
+        let identity = spec.identity(&gpu, CublasLt::get()?);
+        let folder = cache::folder("products");
+        let book = Book::open(&spec.options.products, identity, rank, folder, product::is_skinny)?;
+        let blas = Blas::new(&gpu, book)?;
         let comm = id
             .map(|id| Comm::join(&gpu, id, rank, spec.shard.of))
             .transpose()?;
@@ -247,13 +280,14 @@ impl CudaDevice {
             landed: VecDeque::new(),
             side: 0,
             recordings: Recordings::default(),
+            stopwatch: Stopwatch::off(),
             spare_block: 0,
             allocated: Allocated {
                 workspace: workspace as u64,
                 ..Allocated::default()
             },
             disturbed: false,
-            profile: spec.profile.then(|| Profile::new(&gpu)).transpose()?,
+            profile: spec.options.profile.then(|| Profile::new(&gpu)).transpose()?,
             spec,
             gpu,
             kernels,
@@ -286,6 +320,26 @@ impl CudaDevice {
         Ok(())
     }
 
+    /// An error with the steps that it may have come from, where a kernel has failed: calls of libraries say only that they
+    /// did.
+    fn explain_fault(&self, error: DeviceError, launching: Option<&StepMeta>) -> DeviceError {
+        let debug = self.spec.options.debug;
+        let fault = match error {
+            // Kernels were waited for, so it is the call's own.
+            DeviceError::Fault(fault) if debug => return fault.of_the_call(),
+            DeviceError::Fault(fault) => fault,
+            DeviceError::Cuda(text) if !debug => match self.reached.reached() {
+                Err(DeviceError::Fault(fault)) => fault.told_by(&text),
+                _ => return DeviceError::Cuda(text),
+            },
+            other => return other,
+        };
+        let flights = self.flights.iter();
+        let queued = flights.map(|flight| faults::describe(&flight.meta, flight.replayed));
+        let launching = launching.map(|meta| faults::describe(meta, self.recorded_layout(meta).is_some()));
+        fault.in_steps(queued.chain(launching).collect()).into()
+    }
+
     /// The buffers of the next step, which no step uses any more.
     fn take_side(&mut self) -> usize {
         assert!(
@@ -299,6 +353,12 @@ impl CudaDevice {
 
 impl Drop for CudaDevice {
     fn drop(&mut self) {
+        // An exchange that waits for a rank that has failed ends when the group is left, and not before. Recordings hold
+        // exchanges, so they go first.
+        if self.comm.is_some() && self.settle().is_err() {
+            self.recordings = Recordings::default();
+            self.comm = None;
+        }
         // A GPU that failed does not come to the end; then nothing is copied any more either.
         let _ = self.gpu.wait();
         // SAFETY: the ranks' threads end one after the other, and this rank's area is its own.
@@ -313,10 +373,10 @@ fn turns_bytes(spec: &CudaSpec) -> usize {
 }
 
 /// Bytes that a rank's device will allocate beside weights, keys and values.
-pub fn workspace_bytes(spec: &CudaSpec, inner: usize) -> u64 {
+pub fn workspace_bytes(spec: &CudaSpec) -> u64 {
     let heads = spec.heads;
     // Normed and partial rows, queries with keys and values, attention's output, gate with up, and their product.
-    let row = 2 * spec.hidden + heads.qkv_width() + heads.n_q * heads.dim + 3 * inner;
+    let row = 2 * spec.hidden + heads.qkv_width() + heads.n_q * heads.dim + 3 * spec.inner;
     let activations = spec.max_rows * (row * BF16 + spec.hidden * F32);
     let others = blas::WORKSPACE_BYTES
         + turns_bytes(spec)
@@ -350,7 +410,7 @@ pub fn survey(n_ranks: usize) -> Result<Survey, DeviceError> {
     }
     let mut survey: Option<Survey> = None;
     for rank in 0..n_ranks {
-        let gpu = Gpu::open(rank)?;
+        let gpu = Gpu::open(rank, false)?;
         let (free, total) = gpu.memory()?;
         let so_far = survey.get_or_insert_with(|| Survey {
             total_bytes: u64::MAX,

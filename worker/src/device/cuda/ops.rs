@@ -8,10 +8,12 @@ use super::{
     BF16, CudaDevice, CudaStep, F32, Kv, Matrix, Rows, Vector, attention,
     attention::{HOPPER_SHARED, tile_shared},
     blas::{Operands, Out, Shape, size},
-    driver::{Arg, Gpu, Kernel, Module},
+    driver::Gpu,
     kernels::{KernelError, SOURCES, SourceFile, arch, machine_code},
+    launch::{Arg, Kernel, Module},
     memory::Memory,
-    nccl::Numbers,
+    nccl::{Comm, Numbers},
+    stopwatch::Stopwatch,
 };
 use crate::device::{
     Allocated, Device, DeviceError, Heads, KvShape, Landed, MachineMemory, Norm, Part, RandomTensor, Source,
@@ -284,6 +286,7 @@ impl Device for CudaDevice {
             )));
         }
         self.spare_block = shape.n_blocks as u32;
+        self.make_stopwatch(shape.n_layers);
         let bytes = 2 * shape.n_layers * Kv::half_bytes(&shape);
         // Finite from the start: tiles read beyond a sequence's end, with weights of zero.
         let memory = self.gpu.zeroed(bytes, "keys and values")?;
@@ -293,7 +296,10 @@ impl Device for CudaDevice {
             memory,
             maps: None,
         };
-        if self.kernels.hopper_tiles.is_some() && !self.spec.portable && attention::suits_hopper(&shape) {
+        if self.kernels.hopper_tiles.is_some()
+            && !self.spec.options.portable
+            && attention::suits_hopper(&shape)
+        {
             kv.maps = Some(self.maps(&kv)?);
         }
         tracing::info!(
@@ -375,14 +381,9 @@ impl Device for CudaDevice {
         ];
         // SAFETY: the parameters of `embed`; tokens were checked against the vocabulary.
         unsafe { self.row_blocks(&self.kernels.embed, step, &mut arguments)? };
-        if let Some(comm) = &self.comm {
-            // All ranks but one add zeros, so the sum is exact.
-            comm.sum(
-                residual.memory.address,
-                step.n_rows() * residual.width,
-                Numbers::F32,
-            )?;
-        }
+        // All ranks but one add zeros, so the sum is exact.
+        let (at, n) = (residual.memory.address, step.n_rows() * residual.width);
+        self.between_ranks("ncclAllReduce", |comm| comm.sum(at, n, Numbers::F32))?;
         self.add_norm(step, None, norm, residual, normed)?;
         self.mark(
             "embedding and first norm",
@@ -426,7 +427,9 @@ impl Device for CudaDevice {
         let most = self.head.batch();
         let weights = (head.outs, head.ins, Out::F32);
         self.blas.prepare(most, most, weights, operands)?;
-        self.try_own(most, weights, operands)
+        self.try_own(most, weights, operands)?;
+        self.keep_choices();
+        Ok(())
     }
 
     fn rope_write(
@@ -511,12 +514,9 @@ impl Device for CudaDevice {
             self.gpu.copy_in(residual.memory.address, &[1f32])?;
             self.gpu.wait()?;
         }
-        if let Some(comm) = &self.comm {
-            comm.sum(
-                partial.memory.address,
-                step.n_rows() * partial.width,
-                Numbers::Bf16,
-            )?;
+        let (at, n) = (partial.memory.address, step.n_rows() * partial.width);
+        self.between_ranks("ncclAllReduce", |comm| comm.sum(at, n, Numbers::Bf16))?;
+        if self.comm.is_some() {
             self.mark("sum over ranks", 2 * step.n_rows() * partial.width * BF16, 0)?;
         }
         self.add_norm(step, Some(partial), norm, residual, normed)?;
@@ -568,6 +568,10 @@ impl Device for CudaDevice {
         self.mark("drawing and copies", 0, 0)
     }
 
+    fn explain(&self, error: DeviceError, launching: Option<&StepMeta>) -> DeviceError {
+        self.explain_fault(error, launching)
+    }
+
     fn land(&mut self) -> Result<Option<Landed>, DeviceError> {
         if let Some(landed) = self.landed.pop_front() {
             return Ok(Some(landed));
@@ -577,6 +581,37 @@ impl Device for CudaDevice {
 }
 
 impl CudaDevice {
+    /// An exchange between ranks, if there are several.
+    pub(super) fn between_ranks(
+        &mut self,
+        what: &str,
+        exchange: impl FnOnce(&Comm) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let Some(comm) = &self.comm else {
+            return Ok(());
+        };
+        self.stopwatch.around(|| exchange(comm))?;
+        if !self.spec.options.debug {
+            return Ok(());
+        }
+        // Not by waiting for the stream: a rank that has failed would never come.
+        self.settle().map_err(|error| match error {
+            DeviceError::Fault(fault) => fault.of(what),
+            other => other,
+        })
+    }
+
+    /// Where ranks exchange anything, and nobody looks at every operation anyway.
+    fn make_stopwatch(&mut self, n_layers: usize) {
+        if self.comm.is_none() || self.profile.is_some() {
+            return;
+        }
+        self.stopwatch = Stopwatch::new(n_layers, || self.gpu.event(true)).unwrap_or_else(|error| {
+            tracing::warn!("exchanges between ranks are not timed: {error}");
+            Stopwatch::off()
+        });
+    }
+
     /// Descriptions of every layer's keys and values for the copy engine.
     fn maps(&self, kv: &Kv) -> Result<Memory, DeviceError> {
         let shape = &kv.shape;

@@ -4,6 +4,7 @@
 use super::{
     BF16,
     blas::{Blas, Operands, Out, Shape},
+    choices::Book,
     driver::Gpu,
     ops::Kernels,
 };
@@ -31,9 +32,9 @@ const ROUNDS: usize = 9;
 /// # Errors
 /// If there is none, or it has not got 4 GiB.
 pub fn measure() -> Result<Peaks, DeviceError> {
-    let gpu = Gpu::open(0)?;
+    let gpu = Gpu::open(0, false)?;
     let kernels = Kernels::load(&gpu, false)?;
-    let mut blas = Blas::new(&gpu, false)?;
+    let mut blas = Blas::new(&gpu, Book::first())?;
     let memory = [
         gpu.zeroed(COPY_BYTES, "a copy")?,
         gpu.zeroed(COPY_BYTES, "a copy")?,

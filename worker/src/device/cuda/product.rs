@@ -1,14 +1,17 @@
 //! Products of few rows by a kernel of our own, where it is as fast as the library's: found out at start, on the real
-//! weights, with cold caches, and kept.
+//! weights, with cold caches, and kept for the next start.
 
 use super::{
     BF16, CudaDevice, F32,
     blas::{Blas, Operands, Out, Shape, size},
+    choices::{Book, Way},
     driver::Gpu,
     ops::{Kernels, THREADS},
 };
 use crate::device::DeviceError;
 
+/// The file of our kernel.
+pub(super) const SOURCE: &str = "skinny";
 /// Rows that `skinny.cu` multiplies at most.
 const SKINNY_ROWS: usize = 16;
 /// Numbers of a row of the matrix that it takes at a time.
@@ -18,7 +21,7 @@ const SKINNY_STEP: usize = 2048;
 const SKINNY_SLACK: f64 = 1.05;
 
 /// Whether `skinny.cu` has this shape.
-fn is_skinny(shape: &Shape) -> bool {
+pub(super) fn is_skinny(shape: &Shape) -> bool {
     (1..=SKINNY_ROWS).contains(&shape.m) && shape.n.is_multiple_of(16) && shape.k.is_multiple_of(SKINNY_STEP)
 }
 
@@ -65,9 +68,18 @@ impl CudaDevice {
             .map(|m| Shape { m, n, k, out })
             .filter(is_skinny)
         {
-            if !self.spec.tuned {
-                self.own_products.insert(shape);
-                continue;
+            match self.blas.book().way(shape)? {
+                Some(way) => {
+                    if way == Way::Own {
+                        self.own_products.insert(shape);
+                    }
+                    continue;
+                }
+                None if !self.blas.book().measures() => {
+                    self.own_products.insert(shape);
+                    continue;
+                }
+                None => {}
             }
             let (kernels, gpu) = (&self.kernels, &self.gpu);
             let library = self.blas.seconds(shape, operands)?;
@@ -83,9 +95,21 @@ impl CudaDevice {
             );
             if own <= SKINNY_SLACK * library {
                 self.own_products.insert(shape);
+                self.blas.book().found(shape, Way::Own);
             }
         }
         Ok(())
+    }
+
+    /// All products are chosen: keeps what was found.
+    pub(super) fn keep_choices(&mut self) {
+        let rank = self.spec.shard.rank;
+        let [known, refused, measured] = self.blas.book().counts();
+        tracing::info!(rank, known, refused, measured, "ways to multiply chosen");
+        // Times of kernels that are waited for one by one are not times to keep.
+        if !self.spec.options.debug {
+            self.blas.book().keep();
+        }
     }
 }
 
@@ -110,9 +134,9 @@ const POISON: u8 = 0xff;
 /// # Errors
 /// The first GPU cannot be used, or fails.
 pub fn check_products(shapes: &[(usize, usize, usize)]) -> Result<Vec<ProductCheck>, DeviceError> {
-    let gpu = Gpu::open(0)?;
+    let gpu = Gpu::open(0, false)?;
     let kernels = Kernels::load(&gpu, true)?;
-    let mut blas = Blas::new(&gpu, false)?;
+    let mut blas = Blas::new(&gpu, Book::first())?;
     let mut checks = Vec::new();
     for (&(m, n, k), out) in shapes.iter().flat_map(|s| [(s, Out::Bf16), (s, Out::F32)]) {
         let shape = Shape { m, n, k, out };

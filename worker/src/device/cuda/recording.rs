@@ -98,7 +98,7 @@ fn record(
 impl CudaDevice {
     /// Sizes of decode steps, ascending.
     pub(super) fn sizes(&self) -> Vec<usize> {
-        if !self.spec.record || self.spec.profile {
+        if !self.spec.options.records() {
             return Vec::new();
         }
         let most = self.spec.max_running.min(RECORDED_ROWS);
@@ -171,13 +171,14 @@ impl CudaDevice {
     }
 
     pub(super) fn step(
-        &self,
+        &mut self,
         meta: Arc<StepMeta>,
         side: usize,
         uploaded: Uploaded,
         inv_freq: (u64, usize),
     ) -> CudaStep {
         assert_eq!(inv_freq.1, self.spec.heads.dim / 2);
+        self.stopwatch.begin(side, !uploaded.fixed);
         CudaStep {
             meta,
             side,
