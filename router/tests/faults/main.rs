@@ -1,8 +1,10 @@
 //! The whole router, over real sockets at both ends: clients that leave, lie, flood, crawl and hang, and a machine that
 //! runs out of what it has.
 
+mod cgroup;
 mod clients;
 mod clocks;
+mod crawlers;
 mod floods;
 mod garbage;
 mod keys;
@@ -11,6 +13,7 @@ mod liars;
 mod mock_worker;
 mod process;
 mod raw;
+mod readers;
 mod resumes;
 #[path = "../dispatch/shim.rs"]
 mod shim;
