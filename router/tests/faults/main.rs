@@ -12,6 +12,7 @@ mod liars;
 #[path = "../support/mock_worker.rs"]
 mod mock_worker;
 mod process;
+#[path = "../../../tests/support/raw.rs"]
 mod raw;
 mod readers;
 mod resumes;

@@ -175,6 +175,13 @@ pub struct Seen {
     pub most_running: usize,
 }
 
+impl Seen {
+    /// Requests that had been elsewhere before, once.
+    pub fn moved_here(&self) -> usize {
+        self.attempts.iter().filter(|&&attempt| attempt == 1).count()
+    }
+}
+
 struct Inner {
     engine: Mutex<Engine>,
     work: Notify,
