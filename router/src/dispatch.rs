@@ -21,7 +21,10 @@ use std::{
 use futures::StreamExt;
 use swallow_policy::{Depth, Limits, Queue};
 use swallow_proto::launch::RouterArgs;
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 use tokio_util::{
     sync::{CancellationToken, DropGuard},
     task::TaskTracker,
@@ -185,6 +188,11 @@ impl Dispatcher {
     /// The model that has this name, the first or another.
     pub fn model(&self, name: &str) -> Option<Arc<ModelEntry>> {
         self.shared.directory.find(name)
+    }
+
+    /// Told after each change of a model or its replicas.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.shared.directory.changes()
     }
 
     /// Waits in the queue where it must, picks a replica, submits, and resolves when a replica runs it. A request

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use futures::{Stream, future::BoxFuture};
+use tokio::sync::watch;
 
 use crate::{
     ask::{Ask, Event, Failure, Refusal},
@@ -22,6 +23,8 @@ pub trait Engine: Send + Sync + 'static {
     fn models(&self) -> Vec<Arc<ModelEntry>>;
     /// By any of its served names.
     fn model(&self, name: &str) -> Option<Arc<ModelEntry>>;
+    /// Told after each change of what the two above answer.
+    fn changes(&self) -> watch::Receiver<()>;
     /// Waits for a replica; resolves when one has accepted the request.
     fn generate(&self, ask: Ask) -> BoxFuture<'static, Result<Box<dyn Run>, Refusal>>;
     /// Whether what is there to be found has been.
@@ -41,6 +44,10 @@ impl Engine for Dispatcher {
 
     fn model(&self, name: &str) -> Option<Arc<ModelEntry>> {
         Dispatcher::model(self, name)
+    }
+
+    fn changes(&self) -> watch::Receiver<()> {
+        Dispatcher::changes(self)
     }
 
     fn generate(&self, ask: Ask) -> BoxFuture<'static, Result<Box<dyn Run>, Refusal>> {

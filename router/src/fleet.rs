@@ -11,6 +11,7 @@ use std::{
 };
 
 use swallow_policy::ModelId;
+use tokio::sync::watch;
 
 pub(crate) use files::FileCache;
 pub use files::{FileError, ModelFile, ModelFiles};
@@ -40,7 +41,10 @@ pub struct ModelEntry {
 
 /// All models, by every name.
 #[derive(Debug, Default)]
-pub(crate) struct Directory(RwLock<Names>);
+pub(crate) struct Directory {
+    names: RwLock<Names>,
+    changed: watch::Sender<()>,
+}
 
 #[derive(Debug, Default)]
 struct Names {
@@ -51,7 +55,7 @@ struct Names {
 
 impl Directory {
     pub fn find(&self, name: &str) -> Option<Arc<ModelEntry>> {
-        self.0
+        self.names
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .by_name
@@ -61,7 +65,7 @@ impl Directory {
 
     /// In the order in which they were discovered.
     pub fn all(&self) -> Vec<Arc<ModelEntry>> {
-        self.0
+        self.names
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .entries
@@ -70,7 +74,17 @@ impl Directory {
 
     /// Replaces an entry, or adds the next one. A name that another model has stays with that model.
     pub fn put(&self, entry: ModelEntry) {
-        let mut names = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        self.put_quietly(entry);
+        self.changed.send_replace(());
+    }
+
+    /// Told after each change.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    fn put_quietly(&self, entry: ModelEntry) {
+        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
         let entry = Arc::new(entry);
         let index = entry.id.0 as usize;
         if index < names.entries.len() {

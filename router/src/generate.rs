@@ -37,8 +37,13 @@ use crate::{
 /// and of the library's.
 const INLINE_BYTES: usize = 16 << 10;
 const INLINE_LIBRARY_BYTES: usize = 1 << 10;
-/// A model whose files are not here yet is asked for again after this.
+/// A request waits so long for the first replica of its model to tell what the model is made of: longer than the
+/// longest pause between two attempts to reach one.
+const FIRST_REPLICA: Duration = Duration::from_secs(5);
+/// A model whose files are not here even then is asked for again after this.
 const FILES_SOON: Duration = Duration::from_secs(2);
+/// So many do: there is no other bound on what they hold.
+const EARLY_REQUESTS: usize = 1024;
 
 /// Where requests enter. Cheap to clone.
 #[derive(Clone)]
@@ -50,6 +55,8 @@ struct Inner {
     metrics: Arc<Metrics>,
     /// Texts that are tokenised at once: as many as there are cores.
     encoders: Arc<Semaphore>,
+    /// Places to wait for a model's first replica.
+    early: Semaphore,
     leaving: AtomicBool,
     draining: AtomicBool,
 }
@@ -93,6 +100,7 @@ impl Door {
             library: Library::default(),
             metrics,
             encoders: Arc::new(Semaphore::new(cores)),
+            early: Semaphore::new(EARLY_REQUESTS),
             leaving: AtomicBool::new(false),
             draining: AtomicBool::new(false),
         }))
@@ -150,14 +158,39 @@ impl Door {
         found.ok_or_else(|| Refusal::UnknownModel(name.to_owned()).into())
     }
 
+    /// As `model`, with its files. A replica is ready for others a moment before it has told the router what it serves:
+    /// the model's first requests wait for that.
+    ///
+    /// # Errors
+    /// No such model; or no replica has come in time, or too many requests wait for one.
+    pub async fn known(&self, name: &str) -> Result<Arc<ModelEntry>, Fault> {
+        let entry = self.model(name)?;
+        if entry.files.is_some() {
+            return Ok(entry);
+        }
+        let Ok(_place) = self.0.early.try_acquire() else {
+            return Err(no_files(&entry));
+        };
+        let mut changes = self.0.engine.changes();
+        let files = async {
+            loop {
+                let entry = self.model(name)?;
+                if entry.files.is_some() {
+                    return Ok(entry);
+                }
+                if changes.changed().await.is_err() {
+                    return Err(no_files(&entry));
+                }
+            }
+        };
+        let in_time = tokio::time::timeout(FIRST_REPLICA, files).await;
+        in_time.unwrap_or_else(|_late| Err(no_files(&entry)))
+    }
+
     /// The model's text side, read now if need be.
     pub async fn text(&self, entry: &ModelEntry) -> Result<Arc<ModelText>, Fault> {
         let Some(files) = &entry.files else {
-            return Err(Refusal::NoReplica {
-                model: entry.name.clone(),
-                retry_after: FILES_SOON,
-            }
-            .into());
+            return Err(no_files(entry));
         };
         let text = self.0.library.text(&entry.name, files, || self.models()).await;
         text.map_err(|error| Fault::Model {
@@ -172,10 +205,12 @@ impl Door {
         if self.is_draining() {
             return Err(Refusal::ShuttingDown.into());
         }
-        let entry = self.model(&request.model)?;
+        // Nobody waits to be told of these.
+        self.model(&request.model)?;
         request.check()?;
         let deadline = request.deadline;
         in_time(deadline, async {
+            let entry = self.known(&request.model).await?;
             let text = self.text(&entry).await?;
             let input = std::mem::replace(&mut request.input, Input::Tokens(Vec::new()));
             let prompt = self.tokens(&entry, &text, input).await?;
@@ -230,6 +265,14 @@ impl Door {
             why: failed(error),
         })?
     }
+}
+
+fn no_files(entry: &ModelEntry) -> Fault {
+    let refusal = Refusal::NoReplica {
+        model: entry.name.clone(),
+        retry_after: FILES_SOON,
+    };
+    refusal.into()
 }
 
 /// What a JSON value weighs, roughly, without writing it.

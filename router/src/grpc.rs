@@ -13,7 +13,6 @@ mod write;
 
 use std::{sync::Arc, time::Duration};
 
-use axum::Router;
 use swallow_rpc::{
     DESCRIPTORS,
     inference::v1::{
@@ -29,7 +28,7 @@ pub use health::Health;
 use crate::{
     generate::{Door, Invalid},
     guard::guarded,
-    http::Protocol,
+    http::{Front, Protocol},
     metrics::Call,
 };
 
@@ -40,7 +39,7 @@ struct Services {
 }
 
 /// All services, and what tells a client about them.
-pub fn router(door: &Door, health: &Health, max_message_bytes: usize) -> Router {
+pub fn front(door: &Door, health: &Health, max_message_bytes: usize) -> Front {
     let services = Arc::new(Services { door: door.clone() });
     let reflection = || {
         tonic_reflection::server::Builder::configure()

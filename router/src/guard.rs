@@ -10,9 +10,7 @@ use std::{
 use axum::{
     Router,
     body::Body,
-    extract::Request,
     http::{HeaderMap, header},
-    middleware::{self, Next},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -20,18 +18,25 @@ use futures::FutureExt;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use prometheus::IntCounter;
 use tonic::Status;
+use tower::{Service, service_fn};
 
-use crate::{http::Protocol, openai, vital::message};
+use crate::{
+    http::{Front, Protocol},
+    openai,
+    vital::message,
+};
 
 const TEXT: &str = "the router failed on this request; this is a bug in it, and its log says more";
 
 /// `router`, with every request of it guarded.
-pub(crate) fn guarded(router: Router, protocol: Protocol, panics: IntCounter) -> Router {
-    router.layer(middleware::from_fn(move |request: Request, next: Next| {
-        let panics = panics.clone();
+pub(crate) fn guarded(router: Router, protocol: Protocol, panics: IntCounter) -> Front {
+    Front::new(service_fn(move |request| {
+        let (mut router, panics) = (router.clone(), panics.clone());
+        // Within the future: what panics before the first await is caught too.
+        let answered = AssertUnwindSafe(async move { router.call(request).await });
         async move {
-            match AssertUnwindSafe(next.run(request)).catch_unwind().await {
-                Ok(response) => watched(response, protocol, panics),
+            Ok(match answered.catch_unwind().await {
+                Ok(answered) => watched(answered?, protocol, panics),
                 Err(panic) => {
                     note(&panics, protocol, &message(&*panic));
                     match protocol {
@@ -39,7 +44,7 @@ pub(crate) fn guarded(router: Router, protocol: Protocol, panics: IntCounter) ->
                         Protocol::Http => openai::internal(TEXT).into_response(),
                     }
                 }
-            }
+            })
         }
     }))
 }

@@ -9,12 +9,14 @@ mod body;
 mod connection;
 
 use std::{
+    convert::Infallible,
     sync::{Arc, atomic::AtomicUsize},
     time::Duration,
 };
 
-use axum::{Router, body::Body};
+use axum::body::Body;
 use bytes::{Bytes, BytesMut};
+use http::{Request, Response};
 use http_body_util::BodyExt;
 use prometheus::IntGauge;
 use tokio::{
@@ -24,6 +26,7 @@ use tokio::{
 };
 
 use tokio_rustls::TlsAcceptor;
+use tower::util::BoxCloneSyncService;
 
 pub use body::Stalled;
 
@@ -120,6 +123,9 @@ impl Places {
     }
 }
 
+/// What answers requests, whatever they come over: always ready, and never without an answer.
+pub type Front = BoxCloneSyncService<Request<Body>, Response<Body>, Infallible>;
+
 /// A port to serve.
 pub struct Port {
     /// Bound.
@@ -127,7 +133,7 @@ pub struct Port {
     /// What it speaks.
     pub protocol: Protocol,
     /// What answers.
-    pub router: Router,
+    pub front: Front,
     /// Counts open connections.
     pub open: IntGauge,
     /// How patient it is.
@@ -190,7 +196,7 @@ pub async fn serve(port: Port, mut shutdown: Shutdown) -> bool {
     let Port {
         listener,
         protocol,
-        router,
+        front,
         open,
         limits,
         places,
@@ -209,7 +215,7 @@ pub async fn serve(port: Port, mut shutdown: Shutdown) -> bool {
                         stream,
                         peer,
                         protocol,
-                        router: router.clone(),
+                        front: front.clone(),
                         limits,
                         body_bytes: Arc::clone(&places.body_bytes),
                         shutdown: shutdown.clone(),

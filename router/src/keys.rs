@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     path::{Path, PathBuf},
     pin::Pin,
     sync::{
@@ -16,11 +17,10 @@ use std::{
 };
 
 use axum::{
-    Json, Router,
+    Json,
     body::Body,
     extract::Request,
     http::{HeaderMap, HeaderValue, StatusCode, header},
-    middleware::{self, Next},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -30,9 +30,10 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use swallow_policy::{Priority, TenantId};
 use tonic::Status;
+use tower::{Service, service_fn};
 use tracing::{error, info};
 
-use crate::http::Protocol;
+use crate::http::{Front, Protocol};
 
 /// Between two looks at the file. A mounted Secret takes a minute to arrive anyway.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -207,35 +208,40 @@ impl ApiKeys {
         self.owners().get(&digest).cloned()
     }
 
-    /// `router`, for those who have a key.
-    pub fn guard(&self, router: Router, protocol: Protocol) -> Router {
+    /// `front`, for those who have a key.
+    pub fn guard(&self, front: Front, protocol: Protocol) -> Front {
         let keys = self.clone();
-        router.layer(middleware::from_fn(move |request: Request, next: Next| {
-            let keys = keys.clone();
-            async move { keys.answer(request, next, protocol).await }
+        Front::new(service_fn(move |request| {
+            let (keys, front) = (keys.clone(), front.clone());
+            async move { keys.answer(request, front, protocol).await }
         }))
     }
 
-    async fn answer(&self, request: Request, next: Next, protocol: Protocol) -> Response {
+    async fn answer(
+        &self,
+        request: Request,
+        mut front: Front,
+        protocol: Protocol,
+    ) -> Result<Response, Infallible> {
         let path = request.uri().path();
         let is_open = match protocol {
             Protocol::Http => OPEN_PATHS.contains(&path),
             Protocol::Grpc => OPEN_SERVICES.iter().any(|service| path.starts_with(service)),
         };
         if is_open {
-            return next.run(request).await;
+            return front.call(request).await;
         }
         let Some(owner) = self.owner(request.headers()) else {
-            return Denied::NoKey.answer(protocol);
+            return Ok(Denied::NoKey.answer(protocol));
         };
         let Some(place) = Place::take(&owner) else {
             let most = owner.max_open.unwrap_or_default();
-            return Denied::TooMany { most }.answer(protocol);
+            return Ok(Denied::TooMany { most }.answer(protocol));
         };
         tracing::debug!(tenant = &*owner.name, path, "authenticated");
-        let response = SHARE.scope(owner.share, next.run(request)).await;
+        let response = SHARE.scope(owner.share, front.call(request)).await?;
         // Its place is taken until the last byte of the answer.
-        response.map(|inner| Body::new(Held { inner, _place: place }))
+        Ok(response.map(|inner| Body::new(Held { inner, _place: place })))
     }
 }
 

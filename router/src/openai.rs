@@ -19,6 +19,7 @@ mod waiting;
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
     time::{Duration, Instant},
 };
 
@@ -27,13 +28,13 @@ use axum::{
     body::Body,
     extract::{Path, Request, State},
     http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header},
-    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use serde_json::{Value, json};
+use tower::{Service, service_fn};
 use uuid::Uuid;
 
 use crate::{
@@ -41,7 +42,7 @@ use crate::{
     fleet::ModelEntry,
     generate::{Door, Fault, Invalid},
     guard::guarded,
-    http::{Protocol, read_body},
+    http::{Front, Protocol, read_body},
     metrics::{Call, Stage},
 };
 pub(crate) use error::Problem;
@@ -88,12 +89,12 @@ impl Settings {
 }
 
 /// All routes, with the usual settings.
-pub fn router(door: Door, max_body_bytes: usize) -> Router {
-    router_with(door, Settings::new(max_body_bytes))
+pub fn front(door: Door, max_body_bytes: usize) -> Front {
+    front_with(door, Settings::new(max_body_bytes))
 }
 
 /// All routes.
-pub fn router_with(door: Door, settings: Settings) -> Router {
+pub fn front_with(door: Door, settings: Settings) -> Front {
     let panics = door.metrics().panics(Protocol::Http.label());
     let api = Api { door, settings };
     let routes = Router::new()
@@ -121,9 +122,9 @@ pub fn router_with(door: Door, settings: Settings) -> Router {
         .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(middleware::from_fn(with_request_id))
         .with_state(api);
-    guarded(routes, Protocol::Http, panics)
+    let front = guarded(routes, Protocol::Http, panics);
+    Front::new(service_fn(move |request| with_request_id(request, front.clone())))
 }
 
 /// A fault of the router itself.
@@ -206,8 +207,10 @@ async fn handle(
     call: &mut Option<Call>,
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
-    let RequestId(id) = parts.extensions.get().cloned().unwrap_or_default();
     let deadline = deadline(&parts.headers)?;
+    let RequestId(id) = parts.extensions.get().cloned().unwrap_or_default();
+    // Its headers share the connection's buffer, which could not be used again meanwhile.
+    drop(parts);
     let body = read_body(body, api.settings.max_body_bytes).await?;
     let asked = Asked {
         id,
@@ -249,14 +252,14 @@ fn milliseconds(text: &str) -> Option<Duration> {
 #[derive(Clone, Debug, Default)]
 struct RequestId(String);
 
-async fn with_request_id(mut request: Request, next: Next) -> Response {
+async fn with_request_id(mut request: Request, mut front: Front) -> Result<Response, Infallible> {
     let id = given_id(request.headers()).unwrap_or_else(|| Uuid::new_v4().simple().to_string());
     request.extensions_mut().insert(RequestId(id.clone()));
-    let mut response = next.run(request).await;
+    let mut response = front.call(request).await?;
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
-    response
+    Ok(response)
 }
 
 fn given_id(headers: &HeaderMap) -> Option<String> {

@@ -104,7 +104,7 @@ impl Services {
             }
             None => return Err(Invalid::new("input", "is missing; give text or conversation").into()),
         };
-        let entry = self.door.model(&request.model)?;
+        let entry = self.door.known(&request.model).await?;
         call.model(&entry.name);
         let text = self.door.text(&entry).await?;
         let ids = self.door.tokens(&entry, &text, input).await?;
@@ -120,7 +120,7 @@ impl Services {
         request: wire::DetokenizeRequest,
         call: &mut Call,
     ) -> Result<wire::DetokenizeResponse, Fault> {
-        let entry = self.door.model(&request.model)?;
+        let entry = self.door.known(&request.model).await?;
         call.model(&entry.name);
         let text = self.door.text(&entry).await?;
         let ids = request.tokens.unwrap_or_default().ids;

@@ -86,7 +86,7 @@ impl Services {
             let why = format!("must be 1 to {MAX_CONTINUATIONS}, and are {n}");
             return Err(Invalid::new("continuations", why).into());
         }
-        let entry = self.door.model(&message.model)?;
+        let entry = self.door.known(&message.model).await?;
         let text = self.door.text(&entry).await?;
         let tokens = |input| self.door.tokens(&entry, &text, input);
         let special = message.add_special_tokens.unwrap_or(true);

@@ -134,7 +134,7 @@ impl Body for Timed {
 /// A response's body; its request is open until it is dropped.
 pub(super) struct Counted<B> {
     pub inner: B,
-    pub _in_flight: InFlight,
+    pub _in_flight: Option<InFlight>,
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Body for Counted<B> {

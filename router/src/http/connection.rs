@@ -13,18 +13,17 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body};
-use futures::{FutureExt, future::BoxFuture};
+use axum::body::Body;
+use futures::future::BoxFuture;
 use http::{Request, Response};
 use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
-    service::Service,
+    service::Service as HyperService,
 };
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::graceful::GracefulConnection,
-    service::TowerToHyperService,
 };
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
@@ -34,9 +33,10 @@ use tokio::{
 };
 
 use tokio_rustls::TlsAcceptor;
+use tower::Service;
 
 use super::{
-    Limits, Protocol, Shutdown,
+    Front, Limits, Protocol, Shutdown,
     body::{Counted, Timed},
 };
 
@@ -70,7 +70,7 @@ pub(super) struct Connection {
     pub stream: TcpStream,
     pub peer: SocketAddr,
     pub protocol: Protocol,
-    pub router: Router,
+    pub front: Front,
     pub limits: Limits,
     pub body_bytes: Arc<AtomicUsize>,
     pub shutdown: Shutdown,
@@ -118,7 +118,7 @@ impl Connection {
         let talk = Talk {
             peer: self.peer,
             protocol: self.protocol,
-            router: self.router,
+            front: self.front,
             limits: self.limits,
             body_bytes: self.body_bytes,
             shutdown: self.shutdown,
@@ -131,7 +131,7 @@ impl Connection {
 struct Talk {
     peer: SocketAddr,
     protocol: Protocol,
-    router: Router,
+    front: Front,
     limits: Limits,
     body_bytes: Arc<AtomicUsize>,
     shutdown: Shutdown,
@@ -145,7 +145,7 @@ impl Talk {
         let pulse = Pulse::new(self.protocol);
         let service = Answering {
             pulse: pulse.clone(),
-            router: TowerToHyperService::new(self.router),
+            front: self.front,
             body_patience: self.limits.body,
             body_bytes: self.body_bytes,
         };
@@ -431,27 +431,42 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<I> {
 /// Answers a connection's requests.
 struct Answering {
     pulse: Pulse,
-    router: TowerToHyperService<Router>,
+    front: Front,
     body_patience: Duration,
     body_bytes: Arc<AtomicUsize>,
 }
 
-impl Service<Request<Incoming>> for Answering {
+impl HyperService<Request<Incoming>> for Answering {
     type Response = Response<Counted<Body>>;
     type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+    type Future = Answered;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let in_flight = self.pulse.request();
-        let request = request.map(|body| Timed::new(body, self.body_patience, Arc::clone(&self.body_bytes)));
-        let answered = self.router.call(request);
-        async move {
-            let response = answered.await?;
-            Ok(response.map(|inner| Counted {
-                inner,
-                _in_flight: in_flight,
-            }))
+        let timed = |body| Body::new(Timed::new(body, self.body_patience, Arc::clone(&self.body_bytes)));
+        Answered {
+            answer: self.front.clone().call(request.map(timed)),
+            in_flight: Some(in_flight),
         }
-        .boxed()
+    }
+}
+
+/// An answer whose request counts as open until its body is gone.
+struct Answered {
+    answer: BoxFuture<'static, Result<Response<Body>, Infallible>>,
+    /// There until the answer is.
+    in_flight: Option<InFlight>,
+}
+
+impl Future for Answered {
+    type Output = Result<Response<Counted<Body>>, Infallible>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let response = ready!(self.answer.as_mut().poll(cx))?;
+        let in_flight = self.in_flight.take();
+        Poll::Ready(Ok(response.map(|inner| Counted {
+            inner,
+            _in_flight: in_flight,
+        })))
     }
 }

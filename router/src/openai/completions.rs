@@ -239,15 +239,23 @@ fn best_of(fields: &mut Fields, n: u32) -> Result<(), Invalid> {
 }
 
 async fn whole(api: &Api, shape: &Shape, ones: Vec<One>) -> Result<Response, Problem> {
-    // In the order in which they end, so that a prompt that fails drops, and so cancels, all others at once.
+    let done = match <[One; 1]>::try_from(ones) {
+        Ok([one]) => vec![answered(api, shape, one).await?],
+        Err(ones) => all_answered(api, shape, ones).await?,
+    };
+    let (choices, usages): (Vec<_>, Vec<_>) = done.into_iter().unzip();
+    let usage = Some(Some(UsageBody::new(usages)));
+    Ok(Json(shape.completion(choices.into_iter().flatten().collect(), usage)).into_response())
+}
+
+/// The answers in order. One prompt that fails drops, and so cancels, all others at once.
+async fn all_answered(api: &Api, shape: &Shape, ones: Vec<One>) -> Result<Vec<(Vec<Choice>, Usage)>, Fault> {
     let answers = stream::iter(ones)
         .map(|one| answered(api, shape, one))
         .buffer_unordered(AT_ONCE);
     let mut done: Vec<(Vec<Choice>, Usage)> = answers.try_collect().await?;
     done.sort_by_key(|(choices, _)| choices.first().map(|choice| choice.index));
-    let (choices, usages): (Vec<_>, Vec<_>) = done.into_iter().unzip();
-    let usage = Some(Some(UsageBody::new(usages)));
-    Ok(Json(shape.completion(choices.into_iter().flatten().collect(), usage)).into_response())
+    Ok(done)
 }
 
 async fn answered(api: &Api, shape: &Shape, one: One) -> Result<(Vec<Choice>, Usage), Fault> {

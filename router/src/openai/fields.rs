@@ -6,7 +6,7 @@
 use serde_json::{Map, Number, Value};
 
 use super::{
-    body::{Body, PROMPT},
+    body::{PROMPT, with_ids},
     known::{Fate, Page, known},
 };
 use crate::generate::Invalid;
@@ -30,9 +30,9 @@ type Taken<T> = Result<Option<T>, Invalid>;
 impl Fields {
     /// From the body of a request to `page`.
     pub(super) fn parse(page: Page, body: &[u8]) -> Result<Self, Invalid> {
-        if let Ok(Body { fields, ids }) = serde_json::from_slice(body) {
+        if let Some((fields, ids)) = with_ids(body) {
             return Ok(Self {
-                prompt: ids,
+                prompt: Some(ids),
                 ..Self::of(page, fields)
             });
         }

@@ -92,7 +92,7 @@ pub(super) async fn tokenize(api: &Api, asked: Asked, call: &mut Option<Call>) -
         input,
     } = ToTokenize::read(&mut fields)?;
     let ignored = asked.parsed(api, fields.finish()?);
-    let entry = api.door.model(&model)?;
+    let entry = api.door.known(&model).await?;
     if let Some(call) = call {
         call.model(&entry.name);
     }
@@ -123,7 +123,7 @@ pub(super) async fn detokenize(
         skip_special,
     } = ToDetokenize::read(&mut fields)?;
     let ignored = asked.parsed(api, fields.finish()?);
-    let entry = api.door.model(&model)?;
+    let entry = api.door.known(&model).await?;
     if let Some(call) = call {
         call.model(&entry.name);
     }
@@ -151,7 +151,7 @@ pub(super) async fn tokenizer_info(
         let why = "/tokenizer_info is not served here; start the router with --tokenizer-info";
         return Err(Problem::NoRoute(why.into()));
     }
-    let entry = api.door.model(&model)?;
+    let entry = api.door.known(&model).await?;
     // Refused as elsewhere where there are no files, or none that give a tokenizer.
     api.door.text(&entry).await?;
     let files = entry.files.as_deref().expect("a text is read from files");

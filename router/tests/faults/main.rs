@@ -143,13 +143,13 @@ async fn house_serving(
     let health = Health::new();
     let places = Places::new(4096);
     let mut addresses = Vec::new();
-    for (protocol, router) in [
-        (Protocol::Http, openai::router(door.clone(), MAX_BODY)),
-        (Protocol::Grpc, grpc::router(&door, &health, MAX_BODY)),
+    for (protocol, front) in [
+        (Protocol::Http, openai::front(door.clone(), MAX_BODY)),
+        (Protocol::Grpc, grpc::front(&door, &health, MAX_BODY)),
     ] {
-        let router = match keys {
-            Some(keys) => keys.guard(router, protocol),
-            None => router,
+        let front = match keys {
+            Some(keys) => keys.guard(front, protocol),
+            None => front,
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         addresses.push(listener.local_addr().expect("bound"));
@@ -158,7 +158,7 @@ async fn house_serving(
         let port = Port {
             listener,
             protocol,
-            router,
+            front,
             open: door.metrics().connections(protocol.label()),
             limits,
             places: places.clone(),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{
     BOS, EOS, EOT,
-    engine::{CONTEXT, Router, finished, says, start, started, then_hangs, tokens},
+    engine::{ABSENT, CONTEXT, Router, finished, says, start, started, then_hangs, tokens},
     http::post,
 };
 use futures::{StreamExt, stream};

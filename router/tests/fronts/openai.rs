@@ -14,7 +14,8 @@ use std::time::Duration;
 use crate::support::{
     BOS, EOS, EOT,
     engine::{
-        CONTEXT, MAX_BODY, finished, says, start, start_set, start_with_template, started, then_hangs, tokens,
+        ABSENT, CONTEXT, MAX_BODY, finished, says, start, start_set, start_with_template, started,
+        then_hangs, tokens,
     },
     http::{get, post, receive, send},
 };

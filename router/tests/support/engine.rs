@@ -20,11 +20,14 @@ use swallow_router::{
     fleet::{ModelEntry, ModelFile, ModelFiles},
     generate::Door,
     grpc::{self, Health},
-    http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
+    http::{self, Front, Limits, Places, Port, Protocol, ShutdownHandle},
     metrics::Metrics,
     openai::{self, Settings},
 };
-use tokio::{net::TcpListener, sync::Notify};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, watch},
+};
 
 use super::{EOS, byte_tokenizer, tokenizer_config};
 
@@ -32,6 +35,8 @@ use super::{EOS, byte_tokenizer, tokenizer_config};
 pub const CONTEXT: u32 = 512;
 /// Its first served name.
 pub const MODEL: &str = "tiny";
+/// A model that has had no replica yet.
+pub const ABSENT: &str = "absent";
 /// Largest request body.
 pub const MAX_BODY: usize = 64 << 10;
 
@@ -48,6 +53,9 @@ pub struct Seen {
     drop_notice: Notify,
     /// What the engine says about discovery; true from the start.
     pub settled: AtomicBool,
+    entries: Mutex<Vec<Arc<ModelEntry>>>,
+    changed: watch::Sender<()>,
+    early_notice: Notify,
 }
 
 impl Seen {
@@ -61,6 +69,23 @@ impl Seen {
         self.asks().pop().expect("a request was made")
     }
 
+    /// Returns when so many requests wait for their model's files.
+    pub async fn all_early(&self, requests: usize) {
+        self.until("the requests wait", &self.early_notice, || {
+            self.changed.receiver_count() >= requests
+        })
+        .await;
+    }
+
+    /// A first replica of "absent" comes; it serves what `MODEL` does.
+    pub fn arrive(&self) {
+        let mut entries = self.entries.lock().expect("not poisoned");
+        let files = entries[0].files.clone();
+        entries[1] = entry(1, ABSENT, &[], files);
+        drop(entries);
+        self.changed.send_replace(());
+    }
+
     /// Candidates that were stopped.
     pub fn stopped(&self) -> Vec<u32> {
         self.stopped.lock().expect("not poisoned").clone()
@@ -68,24 +93,29 @@ impl Seen {
 
     /// Returns when so many runs are gone.
     pub async fn all_dropped(&self, runs: usize) {
+        self.until("the runs are dropped", &self.drop_notice, || {
+            self.dropped.load(Ordering::Acquire) >= runs
+        })
+        .await;
+    }
+
+    async fn until(&self, what: &str, notice: &Notify, condition: impl Fn() -> bool) {
         let wait = async {
             loop {
-                let notice = self.drop_notice.notified();
-                if self.dropped.load(Ordering::Acquire) >= runs {
+                let notice = notice.notified();
+                if condition() {
                     return;
                 }
                 notice.await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(5), wait)
-            .await
-            .expect("the runs are dropped");
+        let in_time = tokio::time::timeout(Duration::from_secs(5), wait).await;
+        assert!(in_time.is_ok(), "{what}");
     }
 }
 
 struct Scripted {
     script: Script,
-    entries: Vec<Arc<ModelEntry>>,
     seen: Arc<Seen>,
 }
 
@@ -117,13 +147,20 @@ impl Drop for ScriptedRun {
 
 impl Engine for Scripted {
     fn models(&self) -> Vec<Arc<ModelEntry>> {
-        self.entries.clone()
+        self.seen.entries.lock().expect("not poisoned").clone()
     }
 
     fn model(&self, name: &str) -> Option<Arc<ModelEntry>> {
         let named =
             |entry: &&Arc<ModelEntry>| entry.name == name || entry.aliases.iter().any(|alias| alias == name);
-        self.entries.iter().find(named).cloned()
+        let entries = self.seen.entries.lock().expect("not poisoned");
+        entries.iter().find(named).cloned()
+    }
+
+    fn changes(&self) -> watch::Receiver<()> {
+        let changes = self.seen.changed.subscribe();
+        self.seen.early_notice.notify_waiters();
+        changes
     }
 
     fn generate(&self, ask: Ask) -> BoxFuture<'static, Result<Box<dyn Run>, Refusal>> {
@@ -219,17 +256,17 @@ async fn start_with(
     .collect();
     let entries = vec![
         entry(0, MODEL, &["org/alias"], Some(Arc::new(files))),
-        entry(1, "absent", &[], None),
+        entry(1, ABSENT, &[], None),
         entry(2, "mute", &[], Some(Arc::new(ModelFiles::default()))),
     ];
     let seen = Arc::new(Seen {
         settled: AtomicBool::new(true),
+        entries: Mutex::new(entries),
         ..Seen::default()
     });
     let metrics = Arc::new(Metrics::new());
     let engine = Scripted {
         script: Box::new(script),
-        entries,
         seen: Arc::clone(&seen),
     };
     let door = Door::new(Arc::new(engine), Arc::clone(&metrics));
@@ -239,15 +276,15 @@ async fn start_with(
     let grpc = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let addresses = [&http, &grpc].map(|listener| listener.local_addr().expect("bound"));
     let servers = [
-        (http, Protocol::Http, openai::router_with(door.clone(), settings)),
-        (grpc, Protocol::Grpc, grpc::router(&door, &health, MAX_BODY)),
+        (http, Protocol::Http, openai::front_with(door.clone(), settings)),
+        (grpc, Protocol::Grpc, grpc::front(&door, &health, MAX_BODY)),
     ];
     let places = Places::new(1024);
-    let serve = |(listener, protocol, router): (TcpListener, Protocol, axum::Router)| {
+    let serve = |(listener, protocol, front): (TcpListener, Protocol, Front)| {
         let port = Port {
             listener,
             protocol,
-            router,
+            front,
             open: metrics.connections(protocol.label()),
             limits: Limits::of(protocol),
             places: places.clone(),

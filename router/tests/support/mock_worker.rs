@@ -31,8 +31,8 @@ use tokio::{
     sync::{Notify, mpsc, watch},
     time::Instant,
 };
-use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
-use tonic::{Request, Response, Status, Streaming};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Request, Response, Status, Streaming, transport::server::TcpIncoming};
 
 /// Token ids are below this.
 pub const VOCABULARY: u32 = 50_000;
@@ -221,7 +221,8 @@ impl MockWorker {
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(socket).expect("a listening socket");
             let server = WorkerServiceServer::new(service).max_decoding_message_size(64 << 20);
-            let incoming = TcpListenerStream::new(listener);
+            // As the worker itself does it: a frame does not wait for the acknowledgement of the last one.
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
             let _ = tonic::transport::Server::builder()
                 .add_service(server)
                 .serve_with_incoming(incoming)

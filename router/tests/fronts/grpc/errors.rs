@@ -127,7 +127,7 @@ async fn refusals_say_when_to_come_again_and_failures_end_a_stream() {
     assert_eq!((status.code(), messages), (Code::Unavailable, 2));
     for (model, code) in [
         ("nobody", Code::NotFound),
-        ("absent", Code::Unavailable),
+        (ABSENT, Code::Unavailable),
         ("mute", Code::Internal),
     ] {
         let status = client

@@ -169,7 +169,7 @@ async fn refusals_and_failures_have_their_statuses() {
     }
     for (model, status, code) in [
         ("nobody", 404, "model_not_found"),
-        ("absent", 503, "no_replica"),
+        (ABSENT, 503, "no_replica"),
         ("mute", 500, "model_unusable"),
     ] {
         let response = post(router.http, TEXT, &json!({"model": model, "prompt": "p"})).await;

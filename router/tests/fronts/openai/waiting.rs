@@ -194,3 +194,38 @@ async fn a_clients_deadline_binds_the_whole_request() {
     let late = receive(send(router.http, "POST", TEXT, "x-request-timeout-ms: 0\r\n", &body).await).await;
     assert_eq!(late.status, 504);
 }
+
+#[tokio::test]
+async fn the_first_requests_of_a_model_wait_for_what_it_is_made_of() {
+    let router = start(|ask| says(ask, "here")).await;
+    let text = json!({"model": ABSENT, "prompt": "p"});
+    let streamed = json!({"model": ABSENT, "prompt": "p", "stream": true});
+    let ids = json!({"model": ABSENT, "prompt": [1, 2], "max_tokens": 9});
+    let tokenize = json!({"model": ABSENT, "prompt": "p"});
+    let asked = [
+        (TEXT, &text),
+        (TEXT, &streamed),
+        (TEXT, &ids),
+        ("/tokenize", &tokenize),
+    ];
+    let answers = futures::future::join_all(asked.map(|(path, body)| post(router.http, path, body)));
+    let arrives = async {
+        router.seen.all_early(asked.len()).await;
+        router.seen.arrive();
+    };
+    let (answers, ()) = tokio::join!(answers, arrives);
+    let statuses: Vec<u16> = answers.iter().map(|answer| answer.status).collect();
+    assert_eq!(statuses, [200; 4]);
+    assert_eq!(answers[2].json()["choices"][0]["text"], "here");
+}
+
+#[tokio::test]
+async fn a_deadline_binds_those_too_who_wait_for_a_first_replica() {
+    let router = start(|ask| says(ask, "here")).await;
+    let body = json!({"model": ABSENT, "prompt": "p"}).to_string();
+    let headers = "content-type: application/json\r\nx-request-timeout-ms: 50\r\n";
+    let began = Instant::now();
+    let response = receive(send(router.http, "POST", TEXT, headers, &body).await).await;
+    assert_eq!(response.status, 504);
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+}
