@@ -6,10 +6,8 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::{Arc, Mutex, PoisonError},
-    thread,
-    time::{Duration, Instant},
+    process::Command,
+    sync::Arc,
 };
 
 use rcgen::{
@@ -18,7 +16,7 @@ use rcgen::{
 };
 use serde_json::{Value, json};
 use socket2::{Domain, Socket, Type};
-use swallow_tests::{PATIENCE, post, program, read_slowly_while, wait_for};
+use swallow_tests::{PATIENCE, Running, post, program, read_slowly_while, wait_for};
 
 /// A small model without files.
 const MODEL: &str = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
@@ -152,101 +150,36 @@ impl Files {
     }
 }
 
-/// A program with its log, one JSON object a line.
-struct Running {
-    child: Child,
-    log: Arc<Mutex<Vec<Value>>>,
+fn start_worker(tls: &[String]) -> (Running, String) {
+    let args = [
+        "serve",
+        "--load-format=dummy",
+        "--served-name=m",
+        "--replica-id=r",
+        "--grpc-listen=127.0.0.1:0",
+        "--http-listen=127.0.0.1:0",
+        "--kv-bytes=67108864",
+        "--threads=1",
+        "--log-format=json",
+    ];
+    let args = args.map(str::to_owned).into_iter();
+    let model = std::iter::once(format!("--model={MODEL}"));
+    let worker = Running::start("swallow-worker", args.chain(model).chain(tls.iter().cloned()));
+    let address = worker.log("the worker's address", |line| {
+        line["grpc"].as_str().map(str::to_owned)
+    });
+    worker.says("\"ready\"");
+    (worker, address)
 }
 
-impl Running {
-    fn start(name: &str, args: impl IntoIterator<Item = String>) -> Self {
-        let mut child = Command::new(program(name))
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the program starts");
-        let stderr = BufReader::new(child.stderr.take().expect("it is piped"));
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let lines = Arc::clone(&log);
-        thread::spawn(move || {
-            for line in stderr.lines().map_while(Result::ok) {
-                let line = serde_json::from_str(&line).unwrap_or(Value::String(line));
-                lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-            }
-        });
-        Self { child, log }
-    }
-
-    fn lines(&self) -> Vec<Value> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// The first line of which `pick` makes something; shows all of them if there is none.
-    fn log<T>(&self, what: &str, pick: impl Fn(&Value) -> Option<T>) -> T {
-        let start = Instant::now();
-        loop {
-            let lines = self.lines();
-            if let Some(found) = lines.iter().find_map(&pick) {
-                return found;
-            }
-            assert!(start.elapsed() < PATIENCE, "no line with {what}: {lines:#?}");
-            thread::sleep(Duration::from_millis(10)); // Between two looks at a condition.
-        }
-    }
-
-    /// Waits for a line with these words.
-    fn says(&self, words: &str) {
-        self.log(words, |line| line.to_string().contains(words).then_some(()));
-    }
-
-    fn worker(tls: &[String]) -> (Self, String) {
-        let args = [
-            "serve",
-            "--load-format=dummy",
-            "--served-name=m",
-            "--replica-id=r",
-            "--grpc-listen=127.0.0.1:0",
-            "--http-listen=127.0.0.1:0",
-            "--kv-bytes=67108864",
-            "--threads=1",
-            "--log-format=json",
-        ];
-        let args = args.map(str::to_owned).into_iter();
-        let model = std::iter::once(format!("--model={MODEL}"));
-        let worker = Self::start("swallow-worker", args.chain(model).chain(tls.iter().cloned()));
-        let address = worker.log("the worker's address", |line| {
-            line["grpc"].as_str().map(str::to_owned)
-        });
-        worker.says("\"ready\"");
-        (worker, address)
-    }
-
-    fn router(worker: &str, tls: &[String]) -> Self {
-        let args = [
-            "--grpc-listen=127.0.0.1:0".to_owned(),
-            "--http-listen=127.0.0.1:0".to_owned(),
-            "--log-format=json".to_owned(),
-            format!("--replica=m={worker}"),
-        ];
-        Self::start("swallow-router", args.into_iter().chain(tls.iter().cloned()))
-    }
-
-    /// The router's address for OpenAI clients.
-    fn http(&self) -> String {
-        self.log("the router's address", |line| {
-            (line["protocol"] == "http").then(|| line["address"].as_str().map(str::to_owned))?
-        })
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It has ended already where it was refused.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn start_router(worker: &str, tls: &[String]) -> Running {
+    let args = [
+        "--grpc-listen=127.0.0.1:0".to_owned(),
+        "--http-listen=127.0.0.1:0".to_owned(),
+        "--log-format=json".to_owned(),
+        format!("--replica=m={worker}"),
+    ];
+    Running::start("swallow-router", args.into_iter().chain(tls.iter().cloned()))
 }
 
 fn completion(tokens: u32) -> Value {
@@ -267,8 +200,8 @@ fn router_and_worker_that_know_each_other_serve() {
     let ca = Authority::new("ours");
     let worker_files = Files::new(&ca.pem, ca.issue(WORKER));
     let router_files = Files::new(&ca.pem, ca.issue(ROUTER));
-    let (_worker, address) = Running::worker(&worker_files.of_worker());
-    let router = Running::router(&address, &router_files.of_router());
+    let (_worker, address) = start_worker(&worker_files.of_worker());
+    let router = start_router(&address, &router_files.of_router());
     assert_eq!(answer(&router)["usage"]["completion_tokens"], 8);
 }
 
@@ -286,8 +219,8 @@ fn authorities_between_need_not_say_what_they_are_for() {
     };
     let worker_files = Files::new(&root.pem, issue(WORKER));
     let router_files = Files::new(&root.pem, issue(ROUTER));
-    let (_worker, address) = Running::worker(&worker_files.of_worker());
-    let router = Running::router(&address, &router_files.of_router());
+    let (_worker, address) = start_worker(&worker_files.of_worker());
+    let router = start_router(&address, &router_files.of_router());
     assert_eq!(answer(&router)["usage"]["completion_tokens"], 8);
 }
 
@@ -301,8 +234,8 @@ struct Quarrel<'a> {
 
 impl Quarrel<'_> {
     fn check(&self) {
-        let (worker, address) = Running::worker(self.worker);
-        let router = Running::router(&address, self.router);
+        let (worker, address) = start_worker(self.worker);
+        let router = start_router(&address, self.router);
         router.says(self.router_says);
         if let Some(words) = self.worker_says {
             worker.says(words);
@@ -432,7 +365,7 @@ impl Files {
 fn a_client_without_a_certificate_is_refused() {
     let ca = Authority::new("ours");
     let files = Files::new(&ca.pem, ca.issue(WORKER));
-    let (worker, address) = Running::worker(&files.of_worker());
+    let (worker, address) = start_worker(&files.of_worker());
     let done = Command::new("python3")
         .args(["-c", KNOCK, &address])
         .arg(files.path("ca.crt"))
@@ -570,8 +503,8 @@ fn certificates_change_under_a_running_stream() {
     let (old, new) = (Authority::new("old"), Authority::new("new"));
     let worker_files = Files::new(&old.pem, old.issue(WORKER));
     let router_files = Files::new(&old.pem, old.issue(ROUTER));
-    let (worker, address) = Running::worker(&worker_files.of_worker());
-    let router = Running::router(&address, &router_files.of_router());
+    let (worker, address) = start_worker(&worker_files.of_worker());
+    let router = start_router(&address, &router_files.of_router());
     answer(&router);
     let rest = stream(&router.http(), 2500, || {
         assert_eq!(open_streams(&router), 1, "it is open before the change");
@@ -581,9 +514,9 @@ fn certificates_change_under_a_running_stream() {
         router.says("the certificates for workers were read again");
         // Who begins now needs the new ones.
         let late = Files::new(&new.pem, new.issue(ROUTER));
-        answer(&Running::router(&address, &late.of_router()));
+        answer(&start_router(&address, &late.of_router()));
         let early = Files::new(&old.pem, old.issue(ROUTER));
-        Running::router(&address, &early.of_router()).says("no authority in --worker-ca");
+        start_router(&address, &early.of_router()).says("no authority in --worker-ca");
         assert_eq!(open_streams(&router), 1, "and it is open after it");
     });
     assert!(rest.contains("[DONE]"), "the stream broke: {}", tail(&rest));
@@ -606,10 +539,10 @@ fn a_half_written_change_changes_nothing() {
     let ca = Authority::new("ours");
     let worker_files = Files::new(&ca.pem, ca.issue(WORKER));
     let router_files = Files::new(&ca.pem, ca.issue(ROUTER));
-    let (worker, address) = Running::worker(&worker_files.of_worker());
+    let (worker, address) = start_worker(&worker_files.of_worker());
     write(&worker_files.path("tls.key"), &ca.issue(WORKER)[1]);
     worker.says("the certificates stay as they were");
-    let router = Running::router(&address, &router_files.of_router());
+    let router = start_router(&address, &router_files.of_router());
     answer(&router);
 }
 

@@ -93,7 +93,9 @@ impl From<&RouterArgs> for DispatchConfig {
             max_queue_wait: Duration::from_secs(args.max_queue_seconds.into()),
             max_buffered_tokens: BUFFERED_TOKENS_MAX,
             max_buffered_bytes: BUFFERED_BYTES_MAX,
-            slow_client_limit: SLOW_CLIENT_LIMIT,
+            slow_client_limit: args
+                .slow_client_seconds
+                .map_or(SLOW_CLIENT_LIMIT, |seconds| Duration::from_secs(seconds.into())),
             ping_every: Duration::from_secs(1),
             pong_limit: PONG_LIMIT,
             reconnect: (Duration::from_millis(100), Duration::from_secs(2)),

@@ -30,6 +30,7 @@ use tower::util::BoxCloneSyncService;
 
 pub use body::Stalled;
 
+use crate::dispatch::SLOW_CLIENT_LIMIT;
 use connection::Connection;
 
 /// Open connections, unless a limit on file descriptors is lower. Each may carry many streams.
@@ -38,6 +39,8 @@ const MAX_CONNECTIONS: usize = 16 << 10;
 const RESERVED_FILES: usize = 128;
 /// After a failed accept, as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// A client that was given up has so long to take what is on its way, and the reason.
+pub const LAST_WORDS_LIMIT: Duration = Duration::from_secs(30);
 /// Bodies of all requests together while they are read: beyond it requests are refused, so that many large ones at
 /// once cannot take all memory.
 const BODY_BYTES_MAX: usize = 256 << 20;
@@ -76,6 +79,9 @@ pub struct Limits {
     pub age: Option<Duration>,
     /// Streams that are open at that age have so long to end.
     pub grace: Duration,
+    /// A peer that leaves sent bytes unacknowledged for so long is gone, or has taken nothing for so long. Longer than a
+    /// slow client's request is waited for: that one is to be told.
+    pub unacknowledged: Duration,
     /// A silent HTTP/2 peer is asked for a sign of life, and has as long to give it.
     pub keepalive: Duration,
 }
@@ -93,6 +99,7 @@ impl Limits {
             },
             age: Some(Duration::from_secs(1800)),
             grace: Duration::from_secs(1800),
+            unacknowledged: SLOW_CLIENT_LIMIT + LAST_WORDS_LIMIT,
             keepalive: Duration::from_secs(5),
         }
     }

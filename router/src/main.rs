@@ -11,7 +11,7 @@ use swallow_router::{
     dispatch::{DispatchConfig, Dispatcher, Supervisor},
     generate::Door,
     grpc,
-    http::{self, Limits, Places, Port, Protocol, ShutdownHandle},
+    http::{self, LAST_WORDS_LIMIT, Limits, Places, Port, Protocol, ShutdownHandle},
     keys::{ApiKeys, KeysError},
     log,
     metrics::Metrics,
@@ -23,7 +23,7 @@ use swallow_router::{
     vital::{Panicked, Vitals},
 };
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpSocket},
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
 };
@@ -71,6 +71,10 @@ enum RunError {
 /// as those of health watchers, get no more.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// Connections that wait to be accepted, as when all clients of another router come at once; the system may allow fewer.
+/// One too many comes again after a second at the earliest.
+const BACKLOG: u32 = 4096;
+
 fn main() -> ExitCode {
     let args = Cli::parse().args;
     let replicas = match config::check(&args) {
@@ -103,8 +107,8 @@ fn main() -> ExitCode {
 
 async fn run(args: &RouterArgs, fixed: Fixed) -> Result<(), RunError> {
     let signals = Signals::new().map_err(RunError::Signals)?;
-    let grpc_listener = listen("grpc-listen", args.grpc_listen).await?;
-    let http_listener = listen("http-listen", args.http_listen).await?;
+    let grpc_listener = listen("grpc-listen", args.grpc_listen)?;
+    let http_listener = listen("http-listen", args.http_listen)?;
     let metrics = Arc::new(Metrics::new());
     let keys = args.api_keys.as_deref().map(ApiKeys::load).transpose()?;
     let (dispatcher, supervisor) = dispatch(args, fixed, &metrics)?;
@@ -337,6 +341,9 @@ fn limits(args: &RouterArgs, protocol: Protocol) -> Limits {
             None => usual.age,
         },
         grace: args.connection_grace_seconds.map_or(usual.grace, seconds),
+        unacknowledged: args
+            .slow_client_seconds
+            .map_or(usual.unacknowledged, |limit| seconds(limit) + LAST_WORDS_LIMIT),
         ..usual
     }
 }
@@ -349,14 +356,22 @@ fn open_files() -> usize {
     usize::try_from(if raised { hard } else { soft }).unwrap_or(usize::MAX)
 }
 
-async fn listen(flag: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| RunError::Listen {
-            flag,
-            address,
-            source,
-        })
+fn listen(flag: &'static str, address: SocketAddr) -> Result<TcpListener, RunError> {
+    let bind = || {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        // A router that starts anew finds the connections of the last one in TIME_WAIT.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    bind().map_err(|source| RunError::Listen {
+        flag,
+        address,
+        source,
+    })
 }
 
 /// What asks the process to end.

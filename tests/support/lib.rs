@@ -1,13 +1,15 @@
 //! What the tests share: where the repository and its programs are, and how the main job is started, watched and
 //! stopped. Nothing waits for a time; everything waits for a condition, up to a limit that fails the test.
 
+pub mod clock;
+
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::mpsc,
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -180,6 +182,99 @@ impl Local {
 
 impl Drop for Local {
     fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A program with its log, one JSON object a line.
+pub struct Running {
+    /// To be ended or asked about.
+    pub child: Child,
+    log: Arc<Mutex<Vec<Value>>>,
+}
+
+impl Running {
+    /// Starts a program of ours.
+    ///
+    /// # Panics
+    /// If it was not built.
+    pub fn start(name: &str, args: impl IntoIterator<Item = String>) -> Self {
+        Self::start_in([], name, args)
+    }
+
+    /// As `start`, with more in its environment.
+    ///
+    /// # Panics
+    /// If it was not built.
+    pub fn start_in(
+        env: impl IntoIterator<Item = (&'static str, String)>,
+        name: &str,
+        args: impl IntoIterator<Item = String>,
+    ) -> Self {
+        let mut child = Command::new(program(name))
+            .args(args)
+            .envs(env)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        let stderr = BufReader::new(child.stderr.take().expect("it is piped"));
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = Arc::clone(&log);
+        thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let line = serde_json::from_str(&line).unwrap_or(Value::String(line));
+                lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            }
+        });
+        Self { child, log }
+    }
+
+    /// What it said so far.
+    pub fn lines(&self) -> Vec<Value> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The first line of which `pick` makes something; shows all of them if there is none.
+    ///
+    /// # Panics
+    /// After `PATIENCE`.
+    pub fn log<T>(&self, what: &str, pick: impl Fn(&Value) -> Option<T>) -> T {
+        let start = Instant::now();
+        loop {
+            let lines = self.lines();
+            if let Some(found) = lines.iter().find_map(&pick) {
+                return found;
+            }
+            assert!(start.elapsed() < PATIENCE, "no line with {what}: {lines:#?}");
+            thread::sleep(Duration::from_millis(10)); // Between two looks at a condition.
+        }
+    }
+
+    /// Waits for a line with these words.
+    ///
+    /// # Panics
+    /// After `PATIENCE`.
+    pub fn says(&self, words: &str) {
+        self.log(words, |line| line.to_string().contains(words).then_some(()));
+    }
+
+    /// The router's address for OpenAI clients.
+    ///
+    /// # Panics
+    /// After `PATIENCE`, as of a program that is no router.
+    pub fn http(&self) -> String {
+        self.log("the router's address", |line| {
+            (line["protocol"] == "http").then(|| line["address"].as_str().map(str::to_owned))?
+        })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It has ended already where it was refused.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

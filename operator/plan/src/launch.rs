@@ -315,6 +315,7 @@ pub fn router(valid: &Valid, images: &Images) -> RouterLaunch {
         max_queued_bytes: valid.max_queued_bytes,
         max_queue_seconds: router.limits.max_queue_seconds,
         max_body_bytes: ROUTER_BODY_BYTES_MAX,
+        slow_client_seconds: None,
         tokenizer_info: false,
         max_connection_seconds: router.max_connection_seconds,
         connection_grace_seconds: router.connection_grace_seconds,

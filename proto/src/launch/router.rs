@@ -152,6 +152,10 @@ pub struct RouterArgs {
     /// Largest request body or message
     #[arg(long, value_name = "BYTES", default_value_t = 8 << 20)]
     pub max_body_bytes: u32,
+    /// A client that takes nothing for so long, while all that may wait for it does, is given up and told so; until then
+    /// its request is parked and costs no step [default: 120]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub slow_client_seconds: Option<u32>,
     /// Tell clients what a model's tokenizer is made of, at /tokenizer_info: tokenizer_config.json and the chat template
     #[arg(long)]
     pub tokenizer_info: bool,
@@ -214,6 +218,7 @@ impl RouterArgs {
         argv.flag("max-queued-bytes", self.max_queued_bytes);
         argv.flag("max-queue-seconds", self.max_queue_seconds);
         argv.flag("max-body-bytes", self.max_body_bytes);
+        argv.optional("slow-client-seconds", self.slow_client_seconds);
         argv.switch("tokenizer-info", self.tokenizer_info);
         argv.optional("max-connection-seconds", self.max_connection_seconds);
         argv.optional("connection-grace-seconds", self.connection_grace_seconds);
@@ -265,6 +270,7 @@ mod tests {
             discover,
             namespace: Some("team-a".into()),
             probe_listen: Some(([0, 0, 0, 0], 8081).into()),
+            slow_client_seconds: Some(30),
             max_connection_seconds: Some(0),
             tls_cert: Some("/etc/swallow/tls.crt".into()),
             tls_key: Some("/etc/swallow/tls.key".into()),

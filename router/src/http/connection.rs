@@ -51,10 +51,11 @@ const MAX_PENDING_RESETS: usize = 20;
 const MAX_ERROR_RESETS: usize = 256;
 /// Of one response, between here and the socket: a client that does not read costs no more.
 const SEND_BUFFER_BYTES: usize = 64 << 10;
+/// Of one connection, in the kernel and not yet sent: without a bound of ours it takes megabytes, which a worker would
+/// have computed for a client that does not read them.
+const UNSENT_BYTES: u32 = 16 << 10;
 /// HTTP/2's preface, and the SETTINGS frame that must follow it.
 const HELLO_BYTES: u64 = 24 + 9;
-/// A peer that leaves sent bytes unacknowledged for so long is gone, or has not read for so long.
-const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(30);
 /// Silent TCP connections are probed after this, and so often.
 const PROBE_AFTER: Duration = Duration::from_secs(15);
 const PROBE_EVERY: Duration = Duration::from_secs(5);
@@ -93,12 +94,12 @@ impl Connection {
     pub async fn run(self) {
         if let Err(error) = self.serve().await {
             // Clients that leave are no event of ours.
-            tracing::debug!(%error, "a connection ended");
+            tracing::debug!(?error, "a connection ended");
         }
     }
 
     async fn serve(mut self) -> Result<(), Ended> {
-        set_options(&self.stream)?;
+        set_options(&self.stream, self.limits.unacknowledged)?;
         match self.tls.take() {
             None => {
                 let (stream, talk) = self.split();
@@ -188,7 +189,7 @@ impl Talk {
     }
 }
 
-fn set_options(stream: &TcpStream) -> io::Result<()> {
+fn set_options(stream: &TcpStream, unacknowledged: Duration) -> io::Result<()> {
     // A token is a packet of its own: waiting for more to fill it would add 40 ms.
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
@@ -198,7 +199,10 @@ fn set_options(stream: &TcpStream) -> io::Result<()> {
             .with_interval(PROBE_EVERY),
     )?;
     #[cfg(target_os = "linux")]
-    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
+    {
+        socket.set_tcp_user_timeout(Some(unacknowledged))?;
+        socket.set_tcp_notsent_lowat(UNSENT_BYTES)?;
+    }
     Ok(())
 }
 

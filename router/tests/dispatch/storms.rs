@@ -78,15 +78,7 @@ async fn five_hundred_streams_survive_one_of_three_workers() {
             assert_eq!(answer.scores[&candidate], scores);
         }
     }
-    let moved = |worker: &MockWorker| {
-        worker
-            .seen()
-            .attempts
-            .iter()
-            .filter(|&&attempt| attempt == 1)
-            .count()
-    };
-    let again: usize = workers[1..].iter().map(moved).sum();
+    let again: usize = workers[1..].iter().map(|worker| worker.seen().moved_here()).sum();
     assert!(again > 0 && again <= on_board, "{again} of {on_board} ran again");
     let moves = house.told().moves;
     assert!(moves.len() <= again && moves.iter().all(|cause| *cause == MoveCause::Lost));

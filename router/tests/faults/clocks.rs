@@ -1,6 +1,9 @@
 //! A wall clock that jumps under the program: nothing that decides looks at it.
 
-use std::{path::PathBuf, process::Command};
+#[path = "../../../tests/support/clock.rs"]
+mod clock;
+
+use clock::Clock;
 
 use super::{
     process::{Router, probe, start},
@@ -8,43 +11,10 @@ use super::{
     *,
 };
 
-/// A folder with the library and the file that sets the clock, that goes with its test.
-struct Clock(PathBuf);
-
-impl Clock {
-    fn new() -> Self {
-        let clock = Self(std::env::temp_dir().join(format!("swallow-clock-{}", uuid::Uuid::new_v4())));
-        std::fs::create_dir(&clock.0).expect("the temporary folder can be written");
-        clock.set(0);
-        let built = Command::new("cc")
-            .args(["-shared", "-fPIC", "-O1", "-o"])
-            .arg(clock.0.join("clock.so"))
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults/clock.c"))
-            .status()
-            .expect("a C compiler, which building needs too");
-        assert!(built.success());
-        clock
-    }
-
-    /// Off by so many seconds from now on.
-    fn set(&self, seconds: i64) {
-        std::fs::write(self.0.join("offset"), seconds.to_string()).expect("it can be written");
-    }
-
-    fn router(&self, worker: &MockWorker) -> Router {
-        let shell = format!(
-            "export LD_PRELOAD='{0}/clock.so' CLOCK_OFFSET='{0}/offset';",
-            self.0.display()
-        );
-        start(&shell, "info", &[&format!("--replica=m={}", worker.address)])
-    }
-}
-
-impl Drop for Clock {
-    fn drop(&mut self) {
-        // It may be gone.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+fn router_by(clock: &Clock, worker: &MockWorker) -> Router {
+    let export = |(name, value): (&str, String)| format!("export {name}='{value}';");
+    let shell: String = clock.env().map(export).concat();
+    start(&shell, "info", &[&format!("--replica=m={}", worker.address)])
 }
 
 /// What time the router says it is.
@@ -68,7 +38,7 @@ async fn deadline(router: &Router) -> Duration {
 async fn a_wall_clock_that_jumps_changes_no_deadline_no_stream_and_no_count() {
     let worker = worker(|config| config.step = Duration::from_millis(5));
     let clock = Clock::new();
-    let mut router = clock.router(&worker);
+    let mut router = router_by(&clock, &worker);
     router.drain_log();
     router.is_ready("m").await;
     let true_time = told(&router).await;

@@ -3,8 +3,10 @@
 
 mod ages;
 mod audit;
+mod cgroup;
 mod clients;
 mod clocks;
+mod crawlers;
 mod floods;
 mod garbage;
 mod keys;
@@ -12,7 +14,9 @@ mod liars;
 #[path = "../support/mock_worker.rs"]
 mod mock_worker;
 mod process;
+#[path = "../../../tests/support/raw.rs"]
 mod raw;
+mod readers;
 mod resumes;
 #[path = "../dispatch/shim.rs"]
 mod shim;

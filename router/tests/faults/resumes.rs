@@ -123,15 +123,7 @@ async fn what_clients_read_is_that_of_an_undisturbed_run() {
     }
     // Each request that was there has moved, and none else: one of two candidates may have been over.
     let moved = house.metric("swallow_router_moves_total{cause=\"lost\",model=\"m\"}");
-    let lost = |worker: &MockWorker| {
-        worker
-            .seen()
-            .attempts
-            .iter()
-            .filter(|&&attempt| attempt == 1)
-            .count()
-    };
-    let again: usize = workers[1..].iter().map(lost).sum();
+    let again: usize = workers[1..].iter().map(|worker| worker.seen().moved_here()).sum();
     println!("{moved} requests with {again} candidates moved; {live} were at the worker");
     assert!(
         moved > 5.0 && moved <= again as f64 && again <= live,

@@ -142,7 +142,7 @@ async fn a_kept_connection_may_idle_and_is_closed_in_its_time() {
 }
 
 /// The beginning of a TLS record that would be a ClientHello of 512 bytes.
-const HELLO: &[u8] = &[0x16, 3, 1, 2, 0, 1, 0, 1, 0xFC, 3, 3];
+pub const HELLO: &[u8] = &[0x16, 3, 1, 2, 0, 1, 0, 1, 0xFC, 3, 3];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn handshakes_that_crawl_are_cut_and_the_others_are_served() {

@@ -1,5 +1,6 @@
-//! The program with a fifth of a processor and little memory, under more than it can serve: it sheds, answers probes in
-//! their time, and is as before when the load is gone.
+//! The program in a cgroup with a fifth of a processor and little memory, under more than it can serve: it sheds, answers
+//! probes in their time, is not killed, and is as before when the load is gone. Where there is no cgroup for us, signals
+//! take its processor time away, and its memory is measured alone.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -15,6 +16,7 @@ use nix::{
 use tokio::io::AsyncReadExt;
 
 use super::{
+    cgroup::Cgroup,
     process::{Router, probe, start},
     support::http::send,
     *,
@@ -31,13 +33,13 @@ const REQUESTS: usize = 400;
 /// Those that the worker takes, and never ends.
 const CREDITS: usize = 4;
 
-/// A quota, until it is dropped.
-struct Quota {
+/// The processor time of a machine without cgroups, until it is dropped.
+struct Stopped {
     lifted: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Quota {
+impl Stopped {
     fn of(router: &Router) -> Self {
         let pid = Pid::from_raw(i32::try_from(router.child.id()).expect("a pid"));
         let lifted = Arc::new(AtomicBool::new(false));
@@ -57,7 +59,7 @@ impl Quota {
     }
 }
 
-impl Drop for Quota {
+impl Drop for Stopped {
     fn drop(&mut self) {
         self.lifted.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
@@ -93,9 +95,10 @@ fn peak_bytes(router: &Router) -> usize {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_a_fifth_of_a_processor_and_little_memory_it_sheds_and_lives() {
     let worker = worker(|config| (config.credits, config.max_running) = (CREDITS as u32, CREDITS as u32));
-    // What clients can make it hold is bounded by how many may be connected.
+    let cgroup = Cgroup::new(MEMORY_MAX);
+    let enter = cgroup.as_ref().map(Cgroup::enter).unwrap_or_default();
     let mut router = start(
-        "ulimit -n 200;",
+        &enter,
         "warn,swallow_router=info",
         &[
             &format!("--replica=m={}", worker.address),
@@ -107,7 +110,10 @@ async fn with_a_fifth_of_a_processor_and_little_memory_it_sheds_and_lives() {
     router.drain_log();
     router.is_ready("m").await;
     worker.set(|config| config.stall = true);
-    let quota = Quota::of(&router);
+    let stopped = cgroup.is_none().then(|| {
+        println!("no cgroup can be made here: signals stop the program for four fifths of the time");
+        Stopped::of(&router)
+    });
     let body = serde_json::json!({"model": "m", "prompt": "p".repeat(4_000), "max_tokens": 3});
     let statuses = (0..REQUESTS).map(|_| {
         let (http, body) = (router.http, body.clone());
@@ -148,7 +154,12 @@ async fn with_a_fifth_of_a_processor_and_little_memory_it_sheds_and_lives() {
     println!("peak {} MiB", peak_bytes(&router) >> 20);
     let peak = peak_bytes(&router);
     assert!(peak < MEMORY_MAX, "{peak} bytes");
-    drop(quota);
+    drop(stopped);
+    if let Some(cgroup) = &cgroup {
+        println!("throttled in {} periods", cgroup.throttled());
+        assert!(cgroup.throttled() > 10, "it was short of processor time");
+        cgroup.lift();
+    }
     worker.set(|config| config.stall = false);
     while let Some(status) = statuses.next().await {
         assert_eq!(status.expect("no panic"), Some(200), "what was begun is finished");
@@ -158,4 +169,9 @@ async fn with_a_fifth_of_a_processor_and_little_memory_it_sheds_and_lives() {
         client.generate(asked("p", 3)).await.expect("served");
     }
     assert_eq!(worker.seen().sessions, 1, "the session outlived it");
+    assert_eq!(
+        cgroup.as_ref().map_or(0, Cgroup::killed),
+        0,
+        "nothing was killed for memory"
+    );
 }

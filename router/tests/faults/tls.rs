@@ -42,6 +42,12 @@ impl Files {
         }
     }
 
+    /// The flags of the program that name them.
+    pub fn flags(&self) -> [String; 2] {
+        [("cert", "crt"), ("key", "key")]
+            .map(|(flag, name)| format!("--tls-{flag}={}", self.0.join(name).display()))
+    }
+
     pub fn load(&self) -> Certificate {
         Certificate::load(&self.0.join("crt"), &self.0.join("key")).expect("they belong together")
     }

@@ -45,7 +45,17 @@ pub(super) struct Engine {
     pub(super) known: HashSet<(Vec<u8>, u32, u32)>,
     pub(super) next_session: u64,
     pub(super) step: u64,
+    /// Tokens of the last one.
+    pub(super) rows: u32,
     pub(super) dead: bool,
+}
+
+impl Sequence {
+    /// It has all that its window allows.
+    pub(super) fn is_parked(&self) -> bool {
+        let window = self.request.window_tokens;
+        window > 0 && self.request.resumed_tokens + self.emitted >= window
+    }
 }
 
 impl Outgoing {
@@ -56,18 +66,25 @@ impl Outgoing {
 }
 
 pub(super) async fn run_engine(inner: Arc<Inner>) {
+    let mut due = Instant::now();
     loop {
-        let (idle, step) = {
+        let (idle, step, punctual) = {
             let mut engine = inner.engine();
             engine.turn(&inner);
             if engine.dead {
                 // What a crash leaves: no session, no answer.
                 engine.sessions.clear();
             }
-            (engine.is_idle(), engine.config.step)
+            let config = &engine.config;
+            let step = config.step + config.row * engine.rows;
+            (engine.is_idle(), step, config.punctual)
         };
         if idle {
             inner.work.notified().await;
+            due = Instant::now();
+        } else if punctual {
+            due += step;
+            tokio::time::sleep_until(due).await;
         } else {
             tokio::time::sleep(step).await;
         }
@@ -87,6 +104,7 @@ impl Engine {
             known: HashSet::new(),
             next_session: 0,
             step: 0,
+            rows: 0,
             dead: false,
         }
     }
@@ -224,8 +242,8 @@ impl Engine {
         let resumed = request.resumed_tokens as usize;
         let own = &request.prompt_ids[..request.prompt_ids.len() - resumed];
         let index = request.resumed_tokens + sequence.emitted;
-        if request.window_tokens > 0 && index >= request.window_tokens {
-            return None; // Parked.
+        if sequence.is_parked() {
+            return None;
         }
         let says = &self.config.says;
         let id = match says.get(index as usize % says.len().max(1)) {
@@ -280,10 +298,12 @@ impl Engine {
                 to.send(Frame::Load(load));
             });
         }
+        self.rows = u32::try_from(tokens).expect("small");
         self.store(stored);
         let (running, waiting) = self.counts();
         inner.note(|seen| {
             seen.tokens += tokens;
+            seen.steps += 1;
             seen.finished += ended.len() as u64;
             seen.confirmed += ended.iter().map(|(_, cancelled)| *cancelled as u64).sum::<u64>();
             (seen.running, seen.waiting) = (running, waiting);

@@ -78,8 +78,12 @@ pub struct Config {
     /// It generates these over and over, if there are any.
     pub says: Vec<u32>,
 
-    /// Time of a step.
+    /// Time of a step,
     pub step: Duration,
+    /// and what each of its rows adds.
+    pub row: Duration,
+    /// Steps that began late are made up for, so that it serves as much as it should on a busy machine too.
+    pub punctual: bool,
     /// The engine stands still and answers no ping; connections live.
     pub wedged: bool,
     /// Nothing is begun: requests wait.
@@ -124,6 +128,8 @@ impl Default for Config {
             letters: false,
             says: Vec::new(),
             step: Duration::from_millis(1),
+            row: Duration::ZERO,
+            punctual: false,
             wedged: false,
             hold: false,
             stall: false,
@@ -151,6 +157,8 @@ pub struct Seen {
     pub cancels: Vec<(u32, i32, Instant)>,
     pub confirmed: u64,
     pub finished: u64,
+    /// Steps in which there was something to do.
+    pub steps: u64,
     pub duplicates: u64,
     pub overdrawn: bool,
     pub running: usize,
@@ -165,6 +173,13 @@ pub struct Seen {
     pub prefill_tokens: u64,
     pub file_fetches: u64,
     pub most_running: usize,
+}
+
+impl Seen {
+    /// Requests that had been elsewhere before, once.
+    pub fn moved_here(&self) -> usize {
+        self.attempts.iter().filter(|&&attempt| attempt == 1).count()
+    }
 }
 
 struct Inner {
@@ -304,6 +319,18 @@ impl MockWorker {
     /// Sequences that it has not finished.
     pub fn live(&self) -> usize {
         self.inner.engine().sequences.len()
+    }
+
+    /// Sequences that wait for their clients.
+    pub fn parked(&self) -> usize {
+        let engine = self.inner.engine();
+        engine.sequences.iter().filter(|of| of.is_parked()).count()
+    }
+
+    /// What it generated for each sequence that it has not finished, in the order in which they came.
+    pub fn emitted(&self) -> Vec<u32> {
+        let engine = self.inner.engine();
+        engine.sequences.iter().map(|of| of.emitted).collect()
     }
 
     /// Keys in its cache.

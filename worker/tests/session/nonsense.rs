@@ -1,9 +1,11 @@
 //! Routers that send nonsense: frames that are damaged, repeated and invented, as bytes. The worker names what is wrong,
 //! ends that session, holds nothing of it, and other routers notice nothing.
 
+#[path = "../../../tests/support/raw.rs"]
+mod raw;
+
 use std::time::Instant;
 
-use bytes::{Buf, BufMut};
 use prost::Message;
 use swallow_rpc::worker::v1::{
     Cancel, Grammar, Ping, Request, Sampling, SessionRequest, SessionResponse, Submit, Window,
@@ -11,12 +13,9 @@ use swallow_rpc::worker::v1::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{
-    Code, Status, Streaming,
-    client::Grpc,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
-    codegen::http::uri::PathAndQuery,
-};
+use tonic::{Code, Status, Streaming, client::Grpc, codegen::http::uri::PathAndQuery};
+
+use raw::Raw;
 
 use crate::{
     fake::echo,
@@ -30,51 +29,10 @@ const FRAMES_MAX: usize = 12;
 /// What the process may grow by.
 const GROWTH_MAX: usize = 64 << 20;
 
-/// Bytes to the worker, messages from it.
-#[derive(Clone, Copy, Default)]
-struct Raw;
-
-impl Codec for Raw {
-    type Encode = Vec<u8>;
-    type Decode = SessionResponse;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        *self
-    }
-    fn decoder(&mut self) -> Self {
-        *self
-    }
-}
-
-impl Encoder for Raw {
-    type Item = Vec<u8>;
-    type Error = Status;
-
-    fn encode(&mut self, item: Vec<u8>, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        to.put_slice(&item);
-        Ok(())
-    }
-}
-
-impl Decoder for Raw {
-    type Item = SessionResponse;
-    type Error = Status;
-
-    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<SessionResponse>, Status> {
-        let bytes = from.copy_to_bytes(from.remaining());
-        let message = SessionResponse::decode(bytes);
-        message
-            .map(Some)
-            .map_err(|error| Status::internal(error.to_string()))
-    }
-}
-
 /// A session of bytes.
 struct Session {
     to: mpsc::Sender<Vec<u8>>,
-    from: Result<Streaming<SessionResponse>, Status>,
+    from: Result<Streaming<Vec<u8>>, Status>,
 }
 
 impl Session {
@@ -96,7 +54,9 @@ impl Session {
     async fn end(self) -> Result<(), Status> {
         drop(self.to);
         let mut from = self.from?;
-        while soon("the stream's end", from.message()).await?.is_some() {}
+        while let Some(said) = soon("the stream's end", from.message()).await? {
+            SessionResponse::decode(&*said).expect("what the worker says is a message");
+        }
         Ok(())
     }
 }
