@@ -142,7 +142,7 @@ fn measured(address: &str) {
 
 #[test]
 fn wall_clocks_that_are_wrong_and_jump_change_nothing() {
-    let (of_router, of_worker) = (Clock::new(), Clock::new());
+    let (of_router, of_worker) = (Clock::right(), Clock::right());
     let (_worker, grpc, metrics) = worker(&of_worker);
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("keys.json");

@@ -37,7 +37,7 @@ async fn deadline(router: &Router) -> Duration {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wall_clock_that_jumps_changes_no_deadline_no_stream_and_no_count() {
     let worker = worker(|config| config.step = Duration::from_millis(5));
-    let clock = Clock::new();
+    let clock = Clock::right();
     let mut router = router_by(&clock, &worker);
     router.drain_log();
     router.is_ready("m").await;
