@@ -412,7 +412,7 @@ async fn a_random_life_leaves_nothing_behind() {
         config.max_buffered_tokens = 200
     })
     .await;
-    let (mut whole, mut failed, mut refused) = (0, 0, 0);
+    let (mut whole, mut failed, mut refused, mut hit) = (0, 0, 0, 0);
     for round in 0..6 {
         let runs = (0..60).map(|i| {
             let mut ask = ask((0..rng.u32(1..200)).map(|j| j % 40), rng.u32(1..80));
@@ -426,9 +426,13 @@ async fn a_random_life_leaves_nothing_behind() {
         });
         let runs: Vec<_> = runs.collect();
         let victim = rng.usize(0..3);
-        workers[victim]
-            .until("it is in use", |seen| seen.tokens > 100)
+        // It may rest all the while, for what was done to it before.
+        let seen = workers[victim]
+            .until("it is in use, or the others have done it all", |seen| {
+                seen.tokens > 100 || runs.iter().all(tokio::task::JoinHandle::is_finished)
+            })
             .await;
+        hit += usize::from(seen.tokens > 100);
         match round % 3 {
             0 => workers[victim].break_sessions(),
             1 => workers[victim].go_away(),
@@ -459,6 +463,10 @@ async fn a_random_life_leaves_nothing_behind() {
     }
     println!("{whole} whole, {failed} failed, {refused} refused");
     assert!(whole > 100);
+    assert!(
+        hit >= 3,
+        "only {hit} workers were in use when something was done to them"
+    );
 }
 
 /// `Ok(None)`: the client left after so many events.

@@ -29,6 +29,9 @@ const ROW: Duration = Duration::from_micros(100);
 /// One look at the time between tokens. The best of a few counts: what else runs here only makes it longer.
 const ROUND: Duration = Duration::from_secs(3);
 const ROUNDS: usize = 5;
+/// A tenth more may be, and this: so much two busy cores make of a wait. A worker that computed for the slow clients too
+/// would need 20 ms more for each step.
+const SCHEDULING: Duration = Duration::from_millis(8);
 /// What a slow client may cost: a window of tokens, and what a socket and its buffers hold of them.
 const TOKENS_MAX: u32 = 1024;
 const BYTES_MAX: usize = 64 << 10;
@@ -203,6 +206,7 @@ async fn two_hundred_that_take_ten_bytes_a_second_slow_nobody_and_cost_little() 
             .all(|side| side.worker.seen().running >= 2 * EACH)
     })
     .await;
+    let bound = |alone: Duration| alone.mul_f64(1.1) + SCHEDULING;
     let (mut best, mut best_beside) = (Duration::MAX, Duration::MAX);
     for round in 1..=ROUNDS {
         quick.clear();
@@ -210,7 +214,7 @@ async fn two_hundred_that_take_ten_bytes_a_second_slow_nobody_and_cost_little() 
         tokio::time::sleep(ROUND).await; // What is measured.
         (best, best_beside) = (best.min(quick.p99()), best_beside.min(quick_beside.p99()));
         println!("round {round}: p99 of the time between tokens {best:?}, beside slow ones {best_beside:?}");
-        if best_beside.as_secs_f64() <= 1.1 * best.as_secs_f64() {
+        if best_beside <= bound(best) {
             break;
         }
     }
@@ -218,10 +222,7 @@ async fn two_hundred_that_take_ten_bytes_a_second_slow_nobody_and_cost_little() 
         best >= STEP + ROW * 2 * EACH as u32,
         "the worker's own pace: {best:?}"
     );
-    assert!(
-        best_beside.as_secs_f64() <= 1.1 * best.as_secs_f64(),
-        "{best_beside:?} instead of {best:?}"
-    );
+    assert!(best_beside <= bound(best), "{best_beside:?} instead of {best:?}");
     // Nobody was dropped, and what the slow ones have read since was little.
     let each = beside.worker.emitted();
     assert_eq!(each.len(), 4 * EACH);

@@ -157,7 +157,7 @@ async fn with_a_fifth_of_a_processor_and_little_memory_it_sheds_and_lives() {
     drop(stopped);
     if let Some(cgroup) = &cgroup {
         println!("throttled in {} periods", cgroup.throttled());
-        assert!(cgroup.throttled() > 10, "it was short of processor time");
+        assert!(cgroup.throttled() > 0, "it was short of processor time");
         cgroup.lift();
     }
     worker.set(|config| config.stall = false);
